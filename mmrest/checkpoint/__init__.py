@@ -1,0 +1,29 @@
+"""Reading checkpoints: safely, from any published form, and with exactness.
+
+====================  ====================================================
+``reading.py``        a file or URL becomes the object that it holds
+``diagnosis.py``      what a file that is no checkpoint is instead
+``state_dicts.py``    the tensors in it, whatever they are wrapped in
+``loading.py``        tensors go into a module: all that fit, or none
+``runner_check.py``   will mmengine's ``load_from`` do what is meant?
+``safe_globals.py``   what safe loading needs for mmengine's own checkpoints
+====================  ====================================================
+"""
+
+from .errors import CheckpointError
+from .loading import LoadReport, load_pretrained
+from .reading import read_checkpoint
+from .runner_check import check_load_from
+from .safe_globals import allow_mmengine_checkpoints, force_safe_loading
+from .state_dicts import read_state_dict
+
+__all__ = [
+    'CheckpointError',
+    'LoadReport',
+    'allow_mmengine_checkpoints',
+    'check_load_from',
+    'force_safe_loading',
+    'load_pretrained',
+    'read_checkpoint',
+    'read_state_dict',
+]

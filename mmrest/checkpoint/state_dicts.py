@@ -1,0 +1,159 @@
+"""The tensors of a checkpoint, whatever they are wrapped in."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from mmengine.logging import print_log
+from torch import Tensor
+
+from .errors import CheckpointError, shorten
+from .reading import Source, read_checkpoint
+
+# If several are there: the averaged weights are those that were evaluated. (In
+# mmengine's own checkpoints with EMA, `state_dict` holds the averaged ones.)
+WRAPPERS = ('state_dict_ema', 'state_dict', 'model')
+# what DistributedDataParallel, detectors, and detectron2's FPN put before a name
+PREFIXES = ('module.', 'backbone.bottom_up.', 'backbone.')
+
+
+@dataclass(frozen=True)
+class StateDict:
+    """The tensors of a checkpoint and where in it they were.
+
+    Attributes:
+        tensors (dict[str, Tensor]): The tensors under their names in the file.
+        wrapper (str): The keys that led to them, as ``'state_dict'``; empty if
+            the file holds them bare.
+        others (dict[str, str]): Entries beside the tensors that are none, with
+            the names of their types.
+    """
+
+    tensors: dict[str, Tensor]
+    wrapper: str
+    others: dict[str, str]
+
+
+def read_state_dict(source: Source, map_location: Any = 'cpu') -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint.
+
+    They may be bare or under ``state_dict_ema``, ``state_dict`` or ``model`` (the
+    first of these that is there), beside whatever else a training run saves. A
+    prefix ``module.``, ``backbone.`` or ``backbone.bottom_up.``, or several of
+    them, is taken off where every name has it. Where only some have it, as in a
+    detector, the names stay as they are; :func:`load_pretrained` picks the
+    backbone out of these.
+
+    Args:
+        source (str | Path): A file or URL, see :func:`read_checkpoint`.
+        map_location (str | torch.device | dict | callable): As in
+            ``torch.load``. Default: ``'cpu'``.
+
+    Returns:
+        dict[str, Tensor]: The tensors by name.
+
+    Raises:
+        CheckpointError: If it cannot be read safely or holds no tensors.
+    """
+    tensors = find_state_dict(read_checkpoint(source, map_location), source).tensors
+    prefix = shared_prefix(tensors)
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items()}
+
+
+def find_state_dict(checkpoint: Any, source: Source) -> StateDict:
+    """Unwrap the state dict of a checkpoint.
+
+    Args:
+        checkpoint (Any): What :func:`read_checkpoint` returned.
+        source (str | Path): Where it came from, for messages.
+
+    Returns:
+        StateDict: The tensors and where they were.
+
+    Raises:
+        CheckpointError: If there are no tensors where they are expected.
+    """
+    if not isinstance(checkpoint, Mapping):
+        raise CheckpointError(
+            f'{source} holds a {type(checkpoint).__name__}, not a dict of tensors. '
+            "Save a model's state_dict()."
+        )
+    path: list[str] = []
+    content = checkpoint
+    while True:
+        found = [name for name in WRAPPERS if _holds_tensors(content.get(name))]
+        if not found:
+            break
+        if len(found) > 1:
+            print_log(
+                f'{source} holds {" and ".join(found)}; {found[0]} is read',
+                logger='current',
+            )
+        path.append(found[0])
+        content = content[found[0]]
+    tensors = {str(k): v.detach() for k, v in content.items() if _is_tensor(v)}
+    if not tensors:
+        raise CheckpointError(_no_tensors(checkpoint, source))
+    others = {str(k): type(v).__name__ for k, v in content.items() if not _is_tensor(v)}
+    return StateDict(tensors, '.'.join(path), others)
+
+
+def shared_prefix(names: Any, known: tuple[str, ...] = PREFIXES) -> str:
+    """Find the longest chain of known prefixes that every name begins with."""
+    prefix = ''
+    while True:
+        for part in known:
+            if all(name.startswith(prefix + part) for name in names):
+                prefix += part
+                break
+        else:
+            return prefix
+
+
+def prefixes_in(names: Any, known: tuple[str, ...] = PREFIXES) -> list[str]:
+    """List all chains of known prefixes that any name begins with, '' first."""
+    chains = ['']
+    for chain in chains:  # grows while it is read
+        for part in known:
+            longer = chain + part
+            if longer not in chains and any(n.startswith(longer) for n in names):
+                chains.append(longer)
+    return chains
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _holds_tensors(value: Any) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    return any(
+        _is_tensor(inner) or (key in WRAPPERS and _holds_tensors(inner))
+        for key, inner in value.items()
+    )
+
+
+def _no_tensors(checkpoint: Mapping, source: Source) -> str:
+    if not checkpoint:
+        return f"{source} holds an empty dict. Save a model's state_dict()."
+    found = shorten(f'{k!r} ({type(v).__name__})' for k, v in checkpoint.items())
+    message = (
+        f'{source} holds no tensors, neither bare nor under {", ".join(WRAPPERS)}; '
+        f'found {found}.'
+    )
+    elsewhere: Optional[str] = next(
+        (
+            str(k)
+            for k, v in checkpoint.items()
+            if isinstance(v, Mapping) and any(map(_is_tensor, v.values()))
+        ),
+        None,
+    )
+    if elsewhere:
+        return (
+            f'{message} There are tensors under {elsewhere!r}; if these are the '
+            "weights, save them again as {'state_dict': checkpoint["
+            f'{elsewhere!r}]}}.'
+        )
+    return f"{message} Save a model's state_dict()."
