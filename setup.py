@@ -6,13 +6,14 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
-from setuptools.command.install import install
-from setuptools.command.install_data import install_data
 
 ROOT = Path(__file__).resolve().parent
 
 # What goes into mmrest/.mim, where MIM and MMEngine look for a package's configs.
 MIM = ('configs', 'tools', 'model-index.yml')
+
+# Makes `mmrest::` known to MMEngine; see mmrest/config_scope.py.
+PTH = 'mmrest-config-scope.pth'
 
 
 def read_version() -> str:
@@ -32,38 +33,35 @@ def mim_files():
 
 
 class BuildPy(build_py):
-    """Adds ``.mim`` to the built package; a source tree is used as it is."""
+    """Adds ``.mim`` to the package and puts the .pth file beside it.
+
+    Python reads .pth files in site-packages alone. setuptools' own ``data_files`` go
+    elsewhere and are left out of editable installs, hence the copy made here. An
+    editable install needs no ``.mim``: the configs stand beside the package.
+    """
 
     def run(self):
         super().run()
-        if not getattr(self, 'editable_mode', False):
-            for source, target in self._mim_files():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, target)
-                shutil.copymode(source, target)
+        for source, target in self._extra_files():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+            shutil.copymode(source, target)
 
     def get_outputs(self, include_bytecode=1):
         outputs = super().get_outputs(include_bytecode)
-        if getattr(self, 'editable_mode', False):
+        if self.editable_mode:
             return outputs
-        return outputs + [str(target) for _, target in self._mim_files()]
+        return outputs + [str(target) for _, target in self._extra_files()]
 
-    def _mim_files(self):
-        target = Path(self.build_lib) / 'mmrest' / '.mim'
-        return [(ROOT / file, target / file) for file in mim_files()]
-
-
-class InstallData(install_data):
-    """Puts the data file, which is a .pth, beside the package.
-
-    Python reads .pth files in site-packages alone, and setuptools has no other way
-    to carry one in wheels and in editable installs alike.
-    """
-
-    def finalize_options(self):
-        super().finalize_options()
-        command: install = self.get_finalized_command('install')
-        self.install_dir = command.install_lib
+    def _extra_files(self):
+        if self.editable_mode:
+            # The folder that becomes the editable wheel.
+            folder = Path(self.get_finalized_command('install').install_lib)
+            return [(ROOT / PTH, folder / PTH)]
+        folder = Path(self.build_lib)
+        mim = folder / 'mmrest' / '.mim'
+        files = [(ROOT / file, mim / file) for file in mim_files()]
+        return [(ROOT / PTH, folder / PTH), *files]
 
 
 # OpenMMLab and its continuation OneDL install the same modules under different
@@ -104,8 +102,7 @@ setup(
         'Topic :: Scientific/Engineering :: Image Recognition',
     ],
     packages=find_packages(include=['mmrest', 'mmrest.*']),
-    data_files=[('', ['mmrest-config-scope.pth'])],
-    cmdclass={'build_py': BuildPy, 'install_data': InstallData},
+    cmdclass={'build_py': BuildPy},
     python_requires='>=3.9',
     install_requires=['torch>=2.0', 'numpy'],
     extras_require={'det': DET, 'seg': SEG, 'cls': CLS, 'dev': DEV},
