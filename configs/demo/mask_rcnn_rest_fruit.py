@@ -1,0 +1,159 @@
+# Mask R-CNN with a small ResT on the generated fruit, for `make demo`: everything
+# sized so that two CPU cores train it within minutes. tools/demo/run.py generates
+# the data and fills in the paths.
+_base_ = [
+    '../_base_/models/mask_rcnn_rest_small_fpn.py',
+    '../_base_/default_runtime.py',
+]
+
+# What tools/demo/fruitset generates.
+fruit_set = dict(num_train=600, num_val=100, size=160, seed=0)
+
+width = 64  # channels of FPN, RPN and mask head
+num_classes = 4
+strides = [4, 8, 16, 32]
+roi_strides = strides[:3]
+model = dict(
+    backbone=dict(
+        arch=dict(
+            _delete_=True,
+            embed_dims=[32, 64, 128, 256],
+            num_heads=[1, 2, 4, 8],
+            depths=[1, 1, 2, 1],
+            sr_ratios=[8, 4, 2, 1],
+            mlp_ratios=4,
+        ),
+        drop_path_rate=0.0,
+        init_cfg=None,  # from scratch
+    ),
+    neck=dict(in_channels=[32, 64, 128, 256], out_channels=width, num_outs=4),
+    rpn_head=dict(
+        in_channels=width,
+        feat_channels=width,
+        # Sides of 16, 32, 64 and 128 pixels; the fruit measures 24 to 75.
+        anchor_generator=dict(scales=[4], strides=strides),
+    ),
+    roi_head=dict(
+        # finest_scale: RoIs up to 56 pixels are read at stride 4, up to 112 at 8.
+        bbox_roi_extractor=dict(
+            roi_layer=dict(sampling_ratio=2),
+            out_channels=width,
+            featmap_strides=roi_strides,
+            finest_scale=28,
+        ),
+        bbox_head=dict(
+            in_channels=width,
+            fc_out_channels=256,
+            num_classes=num_classes,
+            reg_class_agnostic=True,
+        ),
+        mask_roi_extractor=dict(
+            roi_layer=dict(sampling_ratio=2),
+            out_channels=width,
+            featmap_strides=roi_strides,
+            finest_scale=28,
+        ),
+        mask_head=dict(
+            num_convs=2,
+            in_channels=width,
+            conv_out_channels=width,
+            num_classes=num_classes,
+        ),
+    ),
+    # Few proposals and samples: there are at most six objects in a picture.
+    # ignore_iof_thr: what lies in a crowd is neither object nor background.
+    train_cfg=dict(
+        rpn=dict(
+            assigner=dict(min_pos_iou=0.3, ignore_iof_thr=0.5),
+            sampler=dict(num=64),
+        ),
+        rpn_proposal=dict(nms_pre=200, max_per_img=60),
+        rcnn=dict(
+            assigner=dict(match_low_quality=True, ignore_iof_thr=0.5),
+            sampler=dict(num=32),
+        ),
+    ),
+    test_cfg=dict(
+        rpn=dict(nms_pre=200, max_per_img=60),
+        rcnn=dict(max_per_img=20),
+    ),
+)
+
+scale = (160, 160)
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='Resize', scale=scale, keep_ratio=True),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PackDetInputs'),
+]
+val_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=scale, keep_ratio=True),
+    # After Resize, so that the ground truth in the pictures fits the files.
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(
+        type='PackDetInputs',
+        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
+    ),
+]
+train_dataloader = dict(
+    batch_size=8,
+    num_workers=1,
+    persistent_workers=True,
+    sampler=dict(type='InfiniteSampler', shuffle=True),
+    dataset=dict(
+        type='CocoDataset',
+        data_root='',
+        ann_file='',
+        data_prefix=dict(img=''),
+        metainfo=dict(classes=()),
+        filter_cfg=dict(filter_empty_gt=True, min_size=8),
+        pipeline=train_pipeline,
+    ),
+)
+val_dataloader = dict(
+    batch_size=1,
+    num_workers=1,
+    persistent_workers=True,
+    drop_last=False,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type='CocoDataset',
+        data_root='',
+        ann_file='',
+        data_prefix=dict(img=''),
+        metainfo=dict(classes=()),
+        test_mode=True,
+        pipeline=val_pipeline,
+    ),
+)
+val_evaluator = dict(
+    type='CocoMetric', ann_file='', metric=['bbox', 'segm'], classwise=True
+)
+
+max_iters = 400
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=100)
+val_cfg = dict(type='ValLoop')
+optim_wrapper = dict(
+    type='OptimWrapper',
+    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
+    clip_grad=dict(max_norm=5.0, norm_type=2),
+)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=40),
+    dict(
+        type='CosineAnnealingLR',
+        by_epoch=False,
+        begin=0,
+        T_max=max_iters,
+        eta_min_ratio=0.02,
+    ),
+]
+
+default_hooks = dict(
+    logger=dict(interval=20),
+    checkpoint=dict(interval=max_iters, max_keep_ckpts=1),
+)
+log_processor = dict(window_size=20)
+randomness = dict(seed=0)
