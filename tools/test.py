@@ -1,0 +1,131 @@
+"""Evaluate a checkpoint with the metrics of a config, with MMEngine's Runner."""
+
+import argparse
+import sys
+
+from mmengine.config import Config, ConfigDict
+from mmengine.logging import print_log
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from mmrest import launch
+from mmrest.checkpoint import CheckpointError, check_load_from
+from mmrest.preflight import PreflightError, check_config
+
+# How each package's hook is told to draw and where to (None: by the visualizer).
+DRAWING = {
+    'DetVisualizationHook': (dict(draw=True), 'test_out_dir'),
+    'SegVisualizationHook': (dict(draw=True, interval=1), None),
+    'VisualizationHook': (dict(enable=True, interval=1), 'out_dir'),
+}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        'config',
+        help='path of a config, or package::folder/name.py of an installed one',
+    )
+    parser.add_argument('checkpoint', help='path or URL of a checkpoint')
+    parser.add_argument(
+        '--out',
+        metavar='FILE',
+        help='NAME.pkl: write all predictions as a pickle; NAME.json: write '
+        'NAME.bbox.json and NAME.segm.json in the result format of COCO',
+    )
+    parser.add_argument('--show', action='store_true', help='show the predictions')
+    parser.add_argument(
+        '--show-dir', help='write the predictions as images to WORK_DIR/TIME/SHOW_DIR'
+    )
+    parser.add_argument(
+        '--wait-time', type=float, default=2, help='seconds an image is shown [2]'
+    )
+    parser.add_argument(
+        '--tta',
+        action='store_true',
+        help='test-time augmentation by tta_model and tta_pipeline of the config',
+    )
+    launch.add_common_arguments(parser)
+    return parser.parse_args()
+
+
+def draw(cfg: Config, args: argparse.Namespace) -> None:
+    hook = cfg.get('default_hooks', {}).get('visualization', {})
+    if hook.get('type') not in DRAWING:
+        raise launch.LaunchError(
+            '--show and --show-dir need default_hooks.visualization to be one of '
+            f'{", ".join(DRAWING)}; found {hook.get("type")}.'
+        )
+    options, folder = DRAWING[hook['type']]
+    hook.update(options, show=args.show, wait_time=args.wait_time)
+    if args.show_dir and folder:
+        hook[folder] = args.show_dir
+    elif args.show_dir:
+        cfg.visualizer.save_dir = args.show_dir
+
+
+def evaluators(cfg: Config) -> list:
+    """The config's metrics, as a list that may be changed and added to."""
+    if not isinstance(cfg.test_evaluator, (list, tuple)):
+        cfg.test_evaluator = [cfg.test_evaluator]
+    cfg.test_evaluator = list(cfg.test_evaluator)
+    return cfg.test_evaluator
+
+
+def augment(cfg: Config) -> None:
+    missing = [name for name in ('tta_model', 'tta_pipeline') if name not in cfg]
+    if missing:
+        raise launch.LaunchError(f'--tta needs {" and ".join(missing)} in the config.')
+    if cfg.tta_model.type == 'DetTTAModel':
+        # mmdet merges boxes and drops the masks.
+        for metric in evaluators(cfg):
+            if 'segm' in metric.get('metric', ()):
+                metric['metric'] = 'bbox'
+                print_log('--tta merges boxes only: masks are not evaluated.')
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    dataset.pipeline = cfg.tta_pipeline
+
+
+def write_results(cfg: Config, path: str) -> None:
+    metrics = evaluators(cfg)
+    if path.endswith(('.pkl', '.pickle')):
+        detector = cfg.get('default_scope') == 'mmdet'  # whose masks go out as RLE
+        kind = 'DumpDetResults' if detector else 'DumpResults'
+        metrics.append(ConfigDict(type=kind, out_file_path=path))
+        return
+    coco = [metric for metric in metrics if metric.get('type') == 'CocoMetric']
+    if not path.endswith('.json') or not coco:
+        raise launch.LaunchError(
+            f'--out {path}: give a name that ends in .pkl, or in .json where the '
+            'evaluator is CocoMetric.'
+        )
+    coco[0]['outfile_prefix'] = path[: -len('.json')]
+
+
+def main():
+    args = parse_args()
+    try:
+        cfg = launch.load_config(args)
+        cfg.load_from = args.checkpoint
+        cfg.resume = False
+        if args.show or args.show_dir:
+            draw(cfg, args)
+        if not args.no_preflight and launch.on_first_process():
+            check_config(cfg, 'test')
+        if args.tta:
+            augment(cfg)
+        if args.out:
+            write_results(cfg, args.out)
+        launch.prepare_process_group(cfg)
+        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+        check_load_from(runner.model, cfg.load_from)
+        runner.test()
+    except (launch.LaunchError, PreflightError, CheckpointError) as error:
+        sys.exit(f'tools/test.py: {error}')
+
+
+if __name__ == '__main__':
+    main()

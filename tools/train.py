@@ -1,0 +1,101 @@
+"""Train the model that a config describes, with MMEngine's Runner."""
+
+import argparse
+import sys
+
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner, find_latest_checkpoint
+
+from mmrest import launch
+from mmrest.checkpoint import CheckpointError, check_load_from
+from mmrest.preflight import PreflightError, check_config
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        'config',
+        help='path of a config, or package::folder/name.py of an installed one',
+    )
+    parser.add_argument(
+        '--amp', action='store_true', help='automatic mixed precision (needs a GPU)'
+    )
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help='multiply the learning rate by batch / auto_scale_lr.base_batch_size',
+    )
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='PATH',
+        help='continue from this checkpoint; without a path from the latest one in '
+        'the work folder, or from the start if there is none',
+    )
+    parser.add_argument(
+        '--tensorboard', action='store_true', help='log for TensorBoard as well'
+    )
+    launch.add_common_arguments(parser)
+    return parser.parse_args()
+
+
+def apply_options(cfg: Config, args: argparse.Namespace) -> None:
+    if args.amp:
+        if get_device() in ('cpu', 'mps'):
+            raise launch.LaunchError(
+                f'--amp needs a GPU, and the device here is {get_device()}. Train '
+                'without --amp.'
+            )
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            raise launch.LaunchError(
+                '--auto-scale-lr needs the batch that the learning rate was chosen '
+                'for. Add auto_scale_lr=dict(enable=False, base_batch_size=16) to the '
+                'config.'
+            )
+        cfg.auto_scale_lr.enable = True
+    if args.resume == 'auto':
+        # A job that is restarted again and again begins with load_from, once.
+        cfg.resume = find_latest_checkpoint(cfg.work_dir) is not None
+        if cfg.resume:
+            cfg.load_from = None
+    elif args.resume is not None:
+        cfg.resume = True
+        cfg.load_from = args.resume
+    if args.tensorboard:
+        cfg.visualizer.setdefault('vis_backends', []).append(
+            dict(type='TensorboardVisBackend')
+        )
+
+
+def check_start(runner: Runner, cfg: Config) -> None:
+    """Refuse a checkpoint of which MMEngine would load less than is meant."""
+    start = cfg.get('load_from')
+    if cfg.get('resume') and not start:
+        start = find_latest_checkpoint(cfg.work_dir)
+    if start:
+        check_load_from(runner.model, start, exact=bool(cfg.get('resume')))
+
+
+def main():
+    args = parse_args()
+    try:
+        cfg = launch.load_config(args)
+        apply_options(cfg, args)
+        if not args.no_preflight and launch.on_first_process():
+            check_config(cfg, 'train')
+        launch.prepare_process_group(cfg)
+        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+        check_start(runner, cfg)
+        runner.train()
+    except (launch.LaunchError, PreflightError, CheckpointError) as error:
+        sys.exit(f'tools/train.py: {error}')
+
+
+if __name__ == '__main__':
+    main()
