@@ -191,7 +191,9 @@ install_torch() {
   else
     grep -E '^torch(vision)?[=<>]' "$requirements" >"$env/torch.txt"
   fi
-  pip_install ${index[@]+"${index[@]}"} -r "$env/torch.txt"
+  # -c: torch would bring a setuptools with which mmcv cannot be compiled.
+  pip_install ${index[@]+"${index[@]}"} -r "$env/torch.txt" \
+    -c "$here/requirements/build.txt"
 }
 
 # What later steps must not move, and the versions that the tests ran with.
@@ -205,6 +207,7 @@ if tuple(map(int, version('torch').split('.')[:2])) < (2, 3):
     print('numpy<2')
 PYTHON
   grep -E '^(onedl-)?mmengine==' "$requirements" >>"$env/constraints.txt"
+  grep -v '^#' "$here/requirements/build.txt" >>"$env/constraints.txt"
   [ -n "${TORCH:-}" ] || grep -v '^#' "$here/requirements/tested.txt" \
     >>"$env/constraints.txt" || true
 }

@@ -169,5 +169,6 @@ def _broken(error: str) -> dict:
 
 
 def release(version: str) -> tuple:
-    """Returns the numbers of a version: ``'2.13.0+cpu'`` -> ``(2, 13, 0)``."""
-    return tuple(int(part) for part in re.findall(r'\d+', version.split('+')[0])[:3])
+    """Returns the numbers of a version: ``'2.13+cpu'`` -> ``(2, 13, 0)``."""
+    numbers = [int(part) for part in re.findall(r'\d+', version.split('+')[0])]
+    return tuple([*numbers, 0, 0, 0][:3])
