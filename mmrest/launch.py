@@ -84,7 +84,7 @@ def _read(name: str) -> Config:
                 return Config.fromfile(find_config(name))
             return get_config(name)
         except (ImportError, OSError, ValueError, AssertionError) as error:
-            raise LaunchError(f'no config {name}: {error}') from error
+            raise LaunchError(f'cannot read the config {name}: {error}') from error
     if not osp.isfile(name):
         raise LaunchError(
             f'no config {name} (looked for in {os.getcwd()}). Give a path, or '

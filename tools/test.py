@@ -4,7 +4,6 @@ import argparse
 import sys
 
 from mmengine.config import Config, ConfigDict
-from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
@@ -76,12 +75,13 @@ def augment(cfg: Config) -> None:
     missing = [name for name in ('tta_model', 'tta_pipeline') if name not in cfg]
     if missing:
         raise launch.LaunchError(f'--tta needs {" and ".join(missing)} in the config.')
-    if cfg.tta_model.type == 'DetTTAModel':
-        # mmdet merges boxes and drops the masks.
-        for metric in evaluators(cfg):
-            if 'segm' in metric.get('metric', ()):
-                metric['metric'] = 'bbox'
-                print_log('--tta merges boxes only: masks are not evaluated.')
+    if cfg.tta_model.type == 'DetTTAModel' and cfg.model.get('roi_head', {}).get(
+        'mask_head'
+    ):
+        raise launch.LaunchError(
+            "--tta: mmdet's DetTTAModel merges boxes only and refuses a detector with "
+            'a mask head. Test without --tta.'
+        )
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:

@@ -29,7 +29,7 @@ visualizer = dict(
     type='DetLocalVisualizer', vis_backends=vis_backends, name='visualizer'
 )
 
-# `tools/test.py --tta`; mmdet merges boxes only, so masks are not evaluated then.
+# For `tools/test.py --tta`; mmdet merges boxes only and refuses mask heads.
 tta_model = dict(
     type='DetTTAModel',
     tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100),

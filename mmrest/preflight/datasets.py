@@ -71,7 +71,7 @@ def _leaves(dataset, where):
 
 
 def _describe(where, cfg) -> Optional[CocoDataset]:
-    kind = DATASETS.get(cfg['type']) if isinstance(cfg['type'], str) else cfg['type']
+    kind = _find_class(cfg)
     root = cfg.get('data_root') or ''
     ann_file = cfg.get('ann_file') or ''
     prefix = cfg.get('data_prefix', {}).get('img', '')
@@ -94,6 +94,14 @@ def _describe(where, cfg) -> Optional[CocoDataset]:
         needs_masks=bool(masks),
         polygons_only=any(not step.get('poly2mask', True) for step in masks),
     )
+
+
+def _find_class(cfg):
+    if not isinstance(cfg['type'], str):
+        return cfg['type']
+    # The registry of the default scope, and of its parents.
+    with DATASETS.switch_scope_and_registry(cfg.get('_scope_')) as registry:
+        return registry.get(cfg['type'])
 
 
 def _reads_coco(kind) -> bool:

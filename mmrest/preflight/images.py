@@ -47,8 +47,8 @@ def check_images(dataset, images: list, decode=None) -> list:
     if bad:
         found.append(
             f'{dataset.where}: {len(bad)} of {min(decode, len(present))} decoded '
-            f'images in {folder} are unusable: {"; ".join(bad[:5])}. Fetch them again, or '
-            'remove them and their annotations from the file.'
+            f'images in {folder} are unusable: {"; ".join(bad[:5])}. Fetch them '
+            'again, or remove them and their annotations from the file.'
         )
     return found
 

@@ -1,0 +1,191 @@
+"""A data set of two shapes, a config for it as a user writes one, and processes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+CLASSES = ('box', 'diamond')
+
+CONFIG = """
+_base_ = 'mmrest::mask_rcnn/rest_lite_fpn_1x.py'
+
+data_root = {root!r}
+metainfo = dict(classes=('box', 'diamond'))
+model = dict(
+    backbone=dict(
+        arch=dict(
+            _delete_=True,  # a dict takes the place of a name
+            embed_dims=[16, 32, 64, 128],
+            num_heads=[1, 2, 4, 8],
+            depths=[1, 1, 1, 1],
+            sr_ratios=[8, 4, 2, 1],
+            mlp_ratios=2,
+        ),
+        init_cfg=None,
+    ),
+    neck=dict(in_channels=[16, 32, 64, 128], out_channels=32),
+    rpn_head=dict(in_channels=32, feat_channels=32),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=32),
+        bbox_head=dict(in_channels=32, fc_out_channels=64, num_classes=2),
+        mask_roi_extractor=dict(out_channels=32),
+        mask_head=dict(in_channels=32, conv_out_channels=32, num_classes=2),
+    ),
+    train_cfg=dict(rpn_proposal=dict(max_per_img=20)),
+    test_cfg=dict(rpn=dict(max_per_img=20), rcnn=dict(score_thr=0.0)),
+)
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True, poly2mask=False),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PackDetInputs'),
+]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=(120, 80), keep_ratio=True, backend='pillow'),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(
+        type='PackDetInputs',
+        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
+    ),
+]
+train_dataloader = dict(
+    num_workers=0,
+    persistent_workers=False,
+    dataset=dict(
+        data_root=data_root,
+        ann_file='train.json',
+        data_prefix=dict(img='images'),
+        metainfo=metainfo,
+        pipeline=train_pipeline,
+    ),
+)
+val_dataloader = dict(
+    num_workers=0,
+    persistent_workers=False,
+    dataset=dict(
+        data_root=data_root,
+        ann_file='val.json',
+        data_prefix=dict(img='images'),
+        metainfo=metainfo,
+        pipeline=test_pipeline,
+    ),
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file=data_root + '/val.json')
+test_evaluator = val_evaluator
+train_cfg = dict(max_iters=4, val_interval=4)
+default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=2))
+"""
+
+
+def write_dataset(root: Path, train: int = 6, val: int = 5) -> None:
+    """Boxes and diamonds on grey, 96x64 pixels, in COCO format.
+
+    The number of validation images is odd, so that two processes share them
+    unevenly.
+    """
+    (root / 'images').mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for split, count in (('train', train), ('val', val)):
+        images, annotations = [], []
+        for index in range(count):
+            name = f'{split}_{index}.jpg'
+            pixels = rng.integers(90, 140, (64, 96, 3), dtype=np.uint8)
+            images.append(dict(id=index + 1, file_name=name, width=96, height=64))
+            for label in range(2):
+                x, y = int(rng.integers(0, 20)) + 48 * label, int(rng.integers(0, 30))
+                side = int(rng.integers(16, 28))
+                if label:
+                    middle = side / 2
+                    polygon = [x + middle, y, x + side, y + middle]
+                    polygon += [x + middle, y + side, x, y + middle]
+                else:
+                    polygon = [x, y, x + side, y, x + side, y + side, x, y + side]
+                pixels[y : y + side, x : x + side] = (200, 40, 40) if label else 20
+                annotations.append(
+                    dict(
+                        id=len(annotations) + 1,
+                        image_id=index + 1,
+                        category_id=label + 1,
+                        bbox=[x, y, side, side],
+                        area=side * side,
+                        segmentation=[polygon],
+                        iscrowd=0,
+                    )
+                )
+            Image.fromarray(pixels).save(root / 'images' / name)
+        categories = [dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)]
+        content = dict(images=images, annotations=annotations, categories=categories)
+        (root / f'{split}.json').write_text(json.dumps(content))
+
+
+@pytest.fixture
+def dataset(tmp_path) -> Path:
+    """A fresh data set that a test may damage."""
+    write_dataset(tmp_path / 'shapes')
+    return tmp_path / 'shapes'
+
+
+@pytest.fixture(scope='session')
+def config(tmp_path_factory) -> Path:
+    """A user's config outside the repository, with its data."""
+    folder = tmp_path_factory.mktemp('project')
+    write_dataset(folder / 'shapes')
+    path = folder / 'shapes.py'
+    path.write_text(CONFIG.format(root=str(folder / 'shapes')))
+    return path
+
+
+@pytest.fixture(scope='session')
+def run(repo):
+    """Run a tool as a process; the output of both streams comes back."""
+
+    def run_tool(tool, *args, cwd, fails=False, **environment):
+        command = [str(repo / 'tools' / tool), *map(str, args)]
+        if tool.endswith('.py'):
+            command.insert(0, sys.executable)
+        variables = dict(
+            os.environ,
+            PYTHON=sys.executable,
+            PYTHONPATH=str(repo),
+            OMP_NUM_THREADS='1',
+            CUDA_VISIBLE_DEVICES='',
+            **environment,
+        )
+        done = subprocess.run(
+            command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=600
+        )
+        output = done.stdout + done.stderr
+        assert (done.returncode != 0) is fails, output[-6000:]
+        return output
+
+    return run_tool
+
+
+@pytest.fixture(scope='session')
+def trained(run, config, tmp_path_factory):
+    """Work folder and output of a run of four iterations, started elsewhere."""
+    folder = tmp_path_factory.mktemp('elsewhere')
+    output = run(
+        'train.py', config, '--work-dir', 'run', '--resume', '--tensorboard', cwd=folder
+    )
+    return folder / 'run', output
+
+
+@pytest.fixture(scope='session')
+def metrics():
+    """The metrics that the last test run wrote into a work folder."""
+
+    def read(work_dir):
+        files = [p for p in work_dir.glob('*/*.json') if re.match(r'\d+_\d+', p.name)]
+        return json.loads(max(files).read_text())
+
+    return read

@@ -1,0 +1,147 @@
+"""tools/test.py and dist_test.sh as processes, and one process against two."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+
+@pytest.fixture(scope='module')
+def checkpoint(trained):
+    return trained[0] / 'iter_4.pth'
+
+
+@pytest.fixture(scope='module')
+def tested(run, config, checkpoint, tmp_path_factory):
+    """Folder and output of a test in one process."""
+    folder = tmp_path_factory.mktemp('tested')
+    options = ['--work-dir', folder / 'run', '--out', folder / 'results.json']
+    options += [
+        '--show-dir',
+        'pictures',
+        '--cfg-options',
+        'test_evaluator.classwise=True',
+    ]
+    return folder, run('test.py', config, checkpoint, *options, cwd=folder)
+
+
+def test_prints_all_figures_and_those_of_each_class(tested):
+    _, output = tested
+    for kind in ('bbox', 'segm'):
+        assert f'coco/{kind}_mAP_50: ' in output
+        # COCO's twelve lines
+        assert output.count('Average Precision') == 12
+        assert output.count('Average Recall') == 12
+    assert '| box ' in output and '| diamond ' in output
+
+
+def test_show_dir_draws_every_image(tested):
+    folder, _ = tested
+    assert len(list((folder / 'run').glob('*/pictures/*.jpg'))) == 5
+
+
+@pytest.mark.parametrize('kind', ['bbox', 'segm'])
+def test_written_results_give_the_printed_figures(tested, config, metrics, kind):
+    folder, _ = tested
+    truth = COCO(str(config.parent / 'shapes' / 'val.json'))
+    results = truth.loadRes(str(folder / f'results.{kind}.json'))
+    evaluation = COCOeval(truth, results, kind)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    printed = metrics(folder / 'run')
+    names = ['mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l']
+    for name, figure in zip(names, evaluation.stats):
+        assert printed[f'coco/{kind}_{name}'] == pytest.approx(figure, abs=6e-4)
+
+
+def test_two_processes_give_exactly_the_results_of_one(
+    run, config, checkpoint, tested, metrics, tmp_path
+):
+    output = run(
+        'dist_test.sh',
+        config,
+        checkpoint,
+        2,
+        '--work-dir',
+        tmp_path / 'run',
+        '--out',
+        tmp_path / 'results.json',
+        cwd=tmp_path,
+        PORT='29612',
+    )
+    assert 'Iter(test) [3/3]' in output  # five images on two processes
+    one, two = metrics(tested[0] / 'run'), metrics(tmp_path / 'run')
+    figures = [key for key in two if '_mAP' in key]
+    assert len(figures) == 12
+    assert {key: two[key] for key in figures} == {key: one[key] for key in figures}
+    for kind in ('bbox', 'segm'):
+        first = json.loads((tested[0] / f'results.{kind}.json').read_text())
+        second = json.loads((tmp_path / f'results.{kind}.json').read_text())
+        assert len(first) > 10
+        assert second == first
+
+
+def test_tta_and_pickle(run, config, tmp_path):
+    # The config's own augmentation enlarges to 1600 pixels; flips do for a test.
+    path = tmp_path / 'retina.py'
+    path.write_text(f"""
+_base_ = 'mmrest::retinanet/rest_lite_fpn_1x.py'
+shapes = dict(
+    data_root={str(config.parent / 'shapes')!r},
+    ann_file='val.json',
+    data_prefix=dict(img='images'),
+    metainfo=dict(classes=('box', 'diamond')),
+)
+model = dict(bbox_head=dict(num_classes=2, stacked_convs=1), test_cfg=dict(score_thr=0))
+test_dataloader = dict(num_workers=0, persistent_workers=False, dataset=shapes)
+test_evaluator = dict(ann_file={str(config.parent / 'shapes' / 'val.json')!r})
+tta_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(
+        type='TestTimeAug',
+        transforms=[
+            [dict(type='Resize', scale=(120, 80), keep_ratio=True)],
+            [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)],
+            [dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape',
+             'img_shape', 'scale_factor', 'flip', 'flip_direction'))],
+        ],
+    ),
+]
+""")
+    cfg = Config.fromfile(path)
+    init_default_scope(cfg.default_scope)
+    weights = MODELS.build(cfg.model).state_dict()
+    torch.save(dict(state_dict=weights), tmp_path / 'retina.pth')
+
+    results = tmp_path / 'results.pkl'
+    options = [path, tmp_path / 'retina.pth', '--tta', '--out', results]
+    output = run('test.py', *options, cwd=tmp_path)
+    assert 'coco/bbox_mAP: ' in output
+    results = pickle.loads(results.read_bytes())
+    assert len(results) == 5
+    assert results[0]['pred_instances']['bboxes'].shape == (100, 4)
+
+
+def test_tta_with_masks_is_refused(run, config, checkpoint, tmp_path):
+    output = run('test.py', config, checkpoint, '--tta', cwd=tmp_path, fails=True)
+    assert output.endswith('mask head. Test without --tta.\n')
+
+
+def test_checkpoint_that_does_not_fit_is_refused(run, config, checkpoint, tmp_path):
+    """MMEngine itself would warn and evaluate random weights."""
+    saved = torch.load(checkpoint, weights_only=False)
+    key = 'roi_head.bbox_head.fc_cls.weight'
+    saved['state_dict'][key] = torch.zeros(81, 64)
+    torch.save(saved, tmp_path / 'other_classes.pth')
+    output = run(
+        'test.py', config, tmp_path / 'other_classes.pth', cwd=tmp_path, fails=True
+    )
+    message = output[output.rindex('tools/test.py: ') :]
+    assert 'other_classes.pth' in message and key in message
+    assert 'Traceback' not in output

@@ -1,0 +1,119 @@
+"""tools/train.py and dist_train.sh as processes."""
+
+import re
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+
+def iterations(output):
+    return [int(n) for n in re.findall(r'Iter\(train\) *\[ *(\d+)/', output)]
+
+
+def test_trains_saves_and_evaluates_from_another_folder(trained):
+    folder, output = trained
+    assert iterations(output) == [1, 2, 3, 4]
+    assert re.search(r'eta: .*loss: .*loss_mask: ', output)
+    assert 'coco/bbox_mAP_50: ' in output and 'coco/segm_mAP_50: ' in output
+    assert (folder / 'iter_2.pth').is_file() and (folder / 'iter_4.pth').is_file()
+    assert (folder / 'shapes.py').is_file()  # the whole config, for later
+
+
+def test_tensorboard_option_adds_to_the_usual_log(trained):
+    folder, _ = trained
+    assert list(folder.glob('*/vis_data/events.out.tfevents.*'))
+    assert list(folder.glob('*/vis_data/scalars.json'))
+
+
+@pytest.mark.parametrize('path', [None, 'iter_2.pth'])
+def test_resume(run, config, trained, tmp_path, path):
+    folder, _ = trained
+    options = ['--cfg-options', 'train_cfg.max_iters=5', 'val_cfg=None']
+    options += ['val_dataloader=None', 'val_evaluator=None']
+    if path is None:  # from the latest in the work folder
+        source, first = folder, 5
+        (tmp_path / 'last_checkpoint').write_text(str(folder / 'iter_4.pth'))
+        resume = ['--resume']
+    else:
+        source, first = folder / path, 3
+        resume = ['--resume', source]
+    output = run(
+        'train.py', config, '--work-dir', tmp_path, *resume, *options, cwd=tmp_path
+    )
+    assert iterations(output) == list(range(first, 6))
+    saved = torch.load(tmp_path / 'iter_5.pth', weights_only=False)
+    assert saved['meta']['iter'] == 5
+    assert saved['message_hub'] and saved['optimizer']['state']
+
+
+def test_dist_train_without_gpus(run, config, tmp_path):
+    options = ['train_cfg.max_iters=2', 'val_cfg=None', 'val_dataloader=None']
+    output = run(
+        'dist_train.sh',
+        config,
+        2,
+        '--work-dir',
+        tmp_path / 'run',
+        '--auto-scale-lr',
+        '--cfg-options',
+        *options,
+        'val_evaluator=None',
+        cwd=tmp_path,
+        PORT='29611',
+    )
+    assert iterations(output) == [1, 2]
+    assert 'current batch size is 4' in output  # 2 processes x 2 images
+    assert 'Distributed launcher: pytorch' in output
+    saved = torch.load(tmp_path / 'run' / 'iter_2.pth', weights_only=False)
+    assert not any(key.startswith('module.') for key in saved['state_dict'])
+
+
+def test_load_from_for_another_number_of_classes(run, config, trained, tmp_path):
+    """Fine-tuning: a head of another size is new, the backbone is not."""
+    folder, _ = trained
+    saved = torch.load(folder / 'iter_4.pth', weights_only=False)['state_dict']
+    other = {k: v for k, v in saved.items() if 'roi_head.bbox_head.fc_cls' not in k}
+    other['roi_head.bbox_head.fc_cls.weight'] = torch.zeros(81, 64)
+    torch.save(dict(state_dict=other), tmp_path / 'other.pth')
+    output = run(
+        'train.py',
+        config,
+        '--cfg-options',
+        f'load_from={tmp_path / "other.pth"}',
+        'train_cfg.max_iters=1',
+        'optim_wrapper.optimizer.lr=0.0',
+        'val_cfg=None',
+        'val_dataloader=None',
+        'val_evaluator=None',
+        cwd=tmp_path,
+    )
+    assert 'fits in part' in output and 'fc_cls' in output
+    # The default work folder carries the config's name.
+    now = torch.load(tmp_path / 'work_dirs/shapes/iter_1.pth', weights_only=False)
+    key = 'backbone.patch_embed_2.conv.weight'
+    assert_close(now['state_dict'][key], saved[key], rtol=0, atol=0)
+
+
+def test_checkpoint_of_another_model_is_refused(run, config, tmp_path):
+    torch.save(dict(model={'conv.weight': torch.zeros(3)}), tmp_path / 'other.pth')
+    output = run(
+        'train.py',
+        config,
+        '--cfg-options',
+        f'load_from={tmp_path / "other.pth"}',
+        cwd=tmp_path,
+        fails=True,
+    )
+    assert 'tools/train.py: ' in output and 'other.pth' in output
+    assert 'Traceback' not in output
+
+
+def test_undecodable_image_is_named_in_training(run, config, dataset, tmp_path):
+    """As when the check before the run did not decode that very image."""
+    for path in (dataset / 'images').glob('train_*.jpg'):
+        path.write_bytes(b'<html>')
+    options = ['--cfg-options', f'train_dataloader.dataset.data_root={dataset}']
+    options += ['preflight.decode=0']
+    output = run('train.py', config, *options, cwd=tmp_path, fails=True)
+    assert re.search(r'train_\d\.jpg', output.splitlines()[-1])
