@@ -274,15 +274,14 @@ PYTHON
 # pip keeps the wheel it built under mmcv's version alone. One that was built for
 # another torch does not load, so it is built again, once, without that cache.
 ensure_mmcv() {
-  install_mmcv && mmcv_works && return
-  grep -qE 'No space left|Killed|error: command' "$log" && return 1
+  install_mmcv || return
+  mmcv_works && return
   say "the $mmcv at hand does not work with this torch; compiling it anew"
-  install_mmcv --no-cache-dir --force-reinstall --no-deps
-  mmcv_works
+  install_mmcv --no-cache-dir --force-reinstall --no-deps && mmcv_works
 }
 
 install_rest() {
-  grep -vE '^(torch|torchvision|mmcv|onedl-mmcv)[=<>]' "$requirements" >"$env/rest.txt"
+  grep -vE '^#|^(torch|torchvision|mmcv|onedl-mmcv)[=<>]' "$requirements" >"$env/rest.txt"
   pip_install -c "$env/constraints.txt" -r "$env/rest.txt" -r "$here/requirements/dev.txt"
 }
 

@@ -144,7 +144,7 @@ def _versions(facts: dict, names: dict):
     if 'mmdet' in installed and 'mmcv' in installed:
         mmcv, mmdet = installed['mmcv'], installed['mmdet']
         if release(mmdet)[0] == 3 and not (2, 0) <= release(mmcv) < (2, 2):
-            yield _gate(f'mmdet {mmdet}', mmcv, names)
+            yield _gate(mmcv, names)
     torch, vision = installed.get('torch'), installed.get('torchvision')
     if torch and vision and release(torch)[0] == 2:
         wanted = (0, release(torch)[1] + 15)
@@ -174,10 +174,10 @@ def _opencv(facts: dict):
     )
 
 
-def _gate(what: str, mmcv: str, names: dict) -> Finding:
+def _gate(mmcv: str, names: dict) -> Finding:
     return Finding(
         'error',
-        f'{what} does not accept this mmcv',
+        'mmdet and mmseg do not accept this mmcv',
         f'mmcv {mmcv}; mmdet 3.3 and mmseg 1.2 want mmcv>=2.0.0rc4,<2.2.0',
         BUILD_MMCV.format(**{**names, 'version': '2.1.0'}),
     )
@@ -265,7 +265,7 @@ def _explain(name: str, fact: dict, facts: dict, names: dict):
         return _pkg_resources(facts['distributions'].get('setuptools', 'missing'))
     match = re.search(r'(MMCV|MMEngine)==(\S+) is used but incompatible', text)
     if match and match.group(1) == 'MMCV':
-        return _gate(name, match.group(2), names)
+        return _gate(match.group(2), names)
     if match:
         return Finding(
             'error',
