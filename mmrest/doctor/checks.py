@@ -299,9 +299,7 @@ def _explain(name: str, fact: dict, facts: dict, names: dict):
 
 
 def _is_abi(text: str) -> bool:
-    return bool(
-        re.search(r'undefined symbol|[Ss]ymbol not found|DLL load failed', text)
-    )
+    return bool(re.search('undefined symbol|symbol not found', text, re.IGNORECASE))
 
 
 def _no_ops(error: str, torch: str, names: dict) -> Finding:
