@@ -3,7 +3,6 @@
 import json
 import os.path as osp
 from collections import Counter
-from functools import lru_cache
 
 IMAGE_FIELDS = ('id', 'file_name', 'width', 'height')
 ANNOTATION_FIELDS = ('id', 'image_id', 'category_id', 'bbox', 'area')
@@ -45,12 +44,6 @@ def shown(items) -> str:
     return f'{text} and {more} more' if more > 0 else text
 
 
-@lru_cache(maxsize=4)
-def _load(path, _modified):
-    with open(path, encoding='utf-8') as file:
-        return json.load(file)
-
-
 def _read(dataset):
     path = dataset.ann_file
     if not osp.isfile(path):
@@ -65,7 +58,8 @@ def _read(dataset):
             'paths start at the current folder).'
         )
     try:
-        return _load(path, osp.getmtime(path)), None
+        with open(path, encoding='utf-8') as file:
+            return json.load(file), None
     except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors alike
         return None, (
             f'the annotation file {path} is not valid JSON ({error}). It may be '

@@ -4,6 +4,7 @@ import os
 import os.path as osp
 import warnings
 
+import cv2
 import mmcv
 from PIL import Image, UnidentifiedImageError
 
@@ -88,7 +89,7 @@ def _decode(entry):
                 image.draft('RGB', (size[0] // 8, size[1] // 8))
                 image.load()
     except UnidentifiedImageError:
-        image = mmcv.imread(path)  # formats that OpenCV alone can read
+        image = _opencv(path)
         if image is None:
             return f'{name} ({os.stat(path).st_size} bytes) is not an image'
         size = image.shape[1::-1]
@@ -101,3 +102,11 @@ def _decode(entry):
             f'{stated[0]}x{stated[1]}'
         )
     return None
+
+
+def _opencv(path):
+    """Formats that OpenCV alone can read."""
+    try:
+        return mmcv.imread(path)
+    except cv2.error:  # an empty file
+        return None
