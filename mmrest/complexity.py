@@ -1,0 +1,134 @@
+"""Multiply-accumulate counts, with ResT's attention counted in every form.
+
+MMEngine's counter traces a model and adds up what it knows: convolutions, linear
+layers, matrix products (one multiply-accumulate is one), norms and
+interpolations (elementwise operations). It sees neither into PyTorch's fused
+attention nor into mmrest's tiled one; both get the count of the dense form here.
+Softmax, activations, sums and RoIAlign are not counted.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mmengine.analysis import FlopAnalyzer
+from torch import nn
+
+# What MMEngine adds for each element of a norm without affine parameters.
+NORM_OPS = 4
+
+
+@dataclass
+class Complexity:
+    """Counts of one forward pass.
+
+    Attributes:
+        shape (tuple[int, int]): height and width that the model saw.
+        flops (dict[str, int]): multiply-accumulates of the whole ('total') and
+            of each child of the model.
+        params (dict[str, int]): parameters, likewise.
+    """
+
+    shape: tuple[int, int]
+    flops: dict[str, int]
+    params: dict[str, int]
+
+
+def _sizes(value: Any) -> list[int]:
+    return value.type().sizes()
+
+
+def fused_attention_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+    """Count ``softmax(q k^T) v``: two matrix products."""
+    batch, heads, num_queries, dim = _sizes(inputs[0])
+    return 2 * batch * heads * num_queries * _sizes(inputs[1])[2] * dim
+
+
+def head_interaction_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+    """Count two matrix products, the mixing of the heads, and the norm."""
+    batch, heads, num_queries, dim = _sizes(inputs[0])
+    entries = batch * heads * num_queries * _sizes(inputs[1])[2]
+    return entries * (2 * dim + heads + NORM_OPS)
+
+
+HANDLES: dict[str, Callable] = {
+    'aten::scaled_dot_product_attention': fused_attention_flops,
+    'mmrest::head_interaction_attention': head_interaction_flops,
+}
+
+
+def _padded(model: nn.Module, shape: tuple[int, int]) -> tuple[int, int]:
+    """The size that the model's data preprocessor pads an image to."""
+    preprocessor = getattr(model, 'data_preprocessor', None)
+    divisor = getattr(preprocessor, 'pad_size_divisor', 1)
+    height, width = (-(-side // divisor) * divisor for side in shape)
+    return height, width
+
+
+def _data_samples(shape: tuple[int, int]) -> list:
+    from mmdet.structures import DetDataSample
+
+    metainfo = {
+        'img_shape': shape,
+        'ori_shape': shape,
+        'pad_shape': shape,
+        'batch_input_shape': shape,
+        'scale_factor': (1.0, 1.0),
+    }
+    return [DetDataSample(metainfo=metainfo)]
+
+
+class _Forward(nn.Module):
+    """A model whose forward takes the image alone, as tracing wants it."""
+
+    def __init__(self, model: nn.Module, **kwargs: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.kwargs = kwargs
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.model(x, **self.kwargs)
+
+
+def complexity(
+    model: nn.Module, shape: tuple[int, int], in_channels: int = 3
+) -> Complexity:
+    """Count a forward pass of one image.
+
+    A detector's heads run on the proposals that the model makes of a random
+    image, at most 1,000 in the box head and 100 in the mask head.
+
+    Args:
+        model (nn.Module): a detector, segmentor, classifier or backbone.
+        shape (tuple[int, int]): height and width of the image; it is padded as
+            the model's data preprocessor does.
+        in_channels (int): channels of the image. Defaults to 3.
+
+    Returns:
+        Complexity: the counts.
+    """
+    model = model.eval()
+    shape = _padded(model, shape)
+    kwargs = {}
+    if hasattr(model, 'neck') and hasattr(model, 'predict'):
+        from mmdet.models.detectors import BaseDetector
+
+        if isinstance(model, BaseDetector):
+            kwargs = {'data_samples': _data_samples(shape), 'mode': 'tensor'}
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, in_channels, *shape, generator=generator)
+    analyzer = FlopAnalyzer(_Forward(model, **kwargs), (image,))
+    analyzer.set_op_handle(**HANDLES)
+    analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    analyzer.tracer_warnings('none')
+    with torch.no_grad():
+        by_module = analyzer.by_module()
+    flops, params = {}, {}
+    for name, child in model.named_children():
+        if any(True for _ in child.parameters()):
+            flops[name] = int(by_module[f'model.{name}'])
+            params[name] = sum(p.numel() for p in child.parameters())
+    flops['total'] = int(analyzer.total())
+    params['total'] = sum(p.numel() for p in model.parameters())
+    return Complexity(shape, flops, params)

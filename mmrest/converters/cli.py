@@ -1,0 +1,84 @@
+"""What the command lines of the converters share."""
+
+import argparse
+import sys
+from typing import Callable
+
+from mmrest.checkpoint import CheckpointError
+
+from .detectron2 import Conversion, ConversionError
+from .files import check_destination, save
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Make a parser with the arguments of every converter."""
+    result = argparse.ArgumentParser(description=description)
+    result.add_argument('src', help='checkpoint to convert; it is never changed')
+    result.add_argument(
+        'dst', nargs='?', help='file to write (not needed with --dry-run)'
+    )
+    result.add_argument(
+        '--dry-run', action='store_true', help='print the mapping and write nothing'
+    )
+    result.add_argument(
+        '--force', action='store_true', help='replace the output if it exists'
+    )
+    return result
+
+
+def mapping_lines(conversion: Conversion, forth: bool) -> list[str]:
+    """Write one line for each tensor: from, to, shape, and what is done to it.
+
+    Args:
+        conversion (Conversion): the result of either direction.
+        forth (bool): whether the direction is to mmdet.
+    """
+    lines = []
+    for entry in conversion.entries:
+        names = (entry.detectron2, entry.mmdet)
+        source, target = names if forth else names[::-1]
+        note = ''
+        if entry.anchor_order:
+            note = '  (anchors reordered)'
+        if entry.detectron2 in conversion.added:
+            note = '  (not in the source, 0)' if forth else '  (left out again)'
+        lines.append(f'{source} -> {target}  {tuple(entry.shape)}{note}')
+    for name in conversion.constants:
+        lines.append(f'{name}: no weight, kept in the meta of the mmdet checkpoint')
+    return lines
+
+
+def run(
+    args: argparse.Namespace,
+    convert: Callable[[], 'tuple[Conversion, dict]'],
+    forth: bool,
+) -> int:
+    """Convert and write, or print the mapping; report errors in one message.
+
+    Args:
+        args (Namespace): of :func:`parser`.
+        convert (callable): returns the conversion and the checkpoint to save.
+        forth (bool): whether the direction is to mmdet.
+
+    Returns:
+        int: exit status, 0 or 1.
+    """
+    try:
+        if not args.dry_run:
+            if args.dst is None:
+                raise ConversionError('name the file to write, or use --dry-run')
+            check_destination(args.dst, args.src, args.force)
+        conversion, checkpoint = convert()
+        if args.dry_run:
+            print('\n'.join(mapping_lines(conversion, forth)))
+        else:
+            save(checkpoint, args.dst)
+    except (CheckpointError, ConversionError, OSError) as error:
+        print(f'error: {args.src}: {error}', file=sys.stderr)
+        return 1
+    count = len(conversion.state_dict)
+    done = 'would be written' if args.dry_run else f'written to {args.dst}'
+    print(f'{conversion.detector}: {count} tensors {done}')
+    if forth:
+        print(f'config: configs/{checkpoint["meta"]["config"]}')
+    return 0
