@@ -132,8 +132,8 @@ val_evaluator = dict(
     type='CocoMetric', ann_file='', metric=['bbox', 'segm'], classwise=True
 )
 
-max_iters = 400
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=100)
+max_iters = 300
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=60)
 val_cfg = dict(type='ValLoop')
 optim_wrapper = dict(
     type='OptimWrapper',
