@@ -96,30 +96,40 @@ def _foreign_zip(path: str) -> Optional[str]:
     return None
 
 
-def why_damaged(path: str) -> str:
+def why_damaged(path: str, reason: str) -> str:
     """Say what is known of a file that ``torch.load`` began and could not finish.
 
     Args:
         path (str): A file that :func:`foreign_kind` lets pass.
+        reason (str): What torch said.
 
     Returns:
         str: Two sentences, what was found and what to do.
     """
     head = read_head(path)
-    if head.startswith(b'PK\x03\x04'):
-        kind = 'It begins as a checkpoint'
-        if not zipfile.is_zipfile(path):
-            kind += ' but lacks its end, so it was copied or downloaded in part'
-        else:
-            kind += ' but a part of it is damaged'
-        return _found(path, kind, DAMAGED_ADVICE)
-    if head.startswith(b'\x80'):
-        kind = (
-            'It begins as a pickle; a checkpoint in the format of PyTorch before '
-            '1.6 that was copied in part looks so, and any other pickle'
+    is_zip, is_pickle = head.startswith(b'PK\x03\x04'), head.startswith(b'\x80')
+    if not (is_zip or is_pickle):
+        return _found(path, 'It is not a checkpoint', NAME_ADVICE)
+    if 'Unsupported operand' in reason:
+        return _found(
+            path,
+            'It is a pickle of another kind than torch.save writes by default, '
+            'which safe loading cannot read',
+            'Save it again with torch.save and its default pickle_protocol.',
         )
-        return _found(path, kind, f'{DAMAGED_ADVICE} {NAME_ADVICE}')
-    return _found(path, 'It is not a checkpoint', NAME_ADVICE)
+    if is_zip and not zipfile.is_zipfile(path):
+        kind = (
+            'It begins as a checkpoint and lacks its end, so it was copied or '
+            'downloaded in part'
+        )
+    elif is_zip:
+        kind = 'It is a checkpoint of which a part is damaged'
+    else:
+        kind = (
+            'It begins as a pickle, so it is a checkpoint in the format of PyTorch '
+            'before 1.6 that was copied in part, or no checkpoint'
+        )
+    return _found(path, kind, DAMAGED_ADVICE)
 
 
 def _found(path: str, kind: str, advice: str) -> str:

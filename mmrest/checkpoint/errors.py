@@ -10,6 +10,19 @@ class CheckpointError(ValueError):
     """
 
 
+class RefusedError(CheckpointError):
+    """A checkpoint holds an object that safe loading refuses.
+
+    Args:
+        message (str): What is wrong and what to do.
+        name (str): The object, as ``'os.system'``.
+    """
+
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
 def shorten(items: Iterable[str], limit: int = 8) -> str:
     """Join the first items of a list and count the rest.
 

@@ -14,7 +14,7 @@ from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 
 from .diagnosis import foreign_kind, why_damaged
-from .errors import CheckpointError
+from .errors import CheckpointError, RefusedError, shorten
 from .safe_globals import (
     FORCE_SAFE,
     FORCE_UNSAFE,
@@ -29,6 +29,8 @@ REFUSALS = (
     r'GLOBAL (\S+) was not an allowed global',
     r'unsupported GLOBAL (\S+) whose module',
     r'Unsupported class (\S+)',
+    # an allowed name that was used in a way that is not allowed
+    r'(?:Trying to call|Can only \w+|mmrest refuses) (.+)',
 )
 
 
@@ -79,28 +81,23 @@ def _read_file(path: str, where: str, map_location: Any) -> Any:
         raise CheckpointError(f'the checkpoint {where} does not exist; {found}')
     try:
         foreign = foreign_kind(path)
-        if foreign:
-            raise CheckpointError(f'{where} is not a usable checkpoint. {foreign}')
-        with stand_ins_only():
-            return torch.load(path, map_location=map_location, weights_only=True)
-    except CheckpointError:
-        raise
     except OSError as error:
         raise CheckpointError(f'{where} cannot be read: {error}') from error
+    if foreign:
+        raise CheckpointError(f'{where} is not a usable checkpoint. {foreign}')
+    try:
+        with stand_ins_only():
+            return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
-        refusal = _explain_refusal(error)
-        if refusal:
-            # without torch's own text, which advises to switch safety off
-            raise CheckpointError(f'{where} was not loaded. {refusal}') from None
+        _raise_if_refused(error, where)
         raise CheckpointError(
-            f'{where} is not a usable checkpoint. {why_damaged(path)} '
-            f'torch says: {_torch_says(error)}'
+            f'{where} is not a usable checkpoint. {why_damaged(path, str(error))}'
         ) from error
 
 
 def _list_checkpoints(folder: str) -> str:
     names = sorted(name for name in os.listdir(folder) if name.endswith('.pth'))
-    return f', with {", ".join(names[:8])}' if names else ', with no .pth file'
+    return f', with {shorten(names)}' if names else ', without a .pth file'
 
 
 def _download(url: str) -> str:
@@ -146,12 +143,8 @@ def _read_through_mmengine(source: str, map_location: Any) -> Any:
     except KeyError as error:
         raise CheckpointError(f'mmengine knows no checkpoint {source}') from error
     except Exception as error:
-        refusal = _explain_refusal(error)
-        if refusal:
-            raise CheckpointError(f'{source} was not loaded. {refusal}') from None
-        raise CheckpointError(
-            f'{source} could not be loaded: {_torch_says(error)}'
-        ) from error
+        _raise_if_refused(error, source)
+        raise CheckpointError(f'{source} could not be loaded: {error}') from error
 
 
 @contextmanager
@@ -169,24 +162,11 @@ def _weights_only_forced() -> Iterator[None]:
         os.environ.update({k: v for k, v in before.items() if v is not None})
 
 
-def _explain_refusal(error: Exception) -> Optional[str]:
-    message = str(error)
-    for pattern in REFUSALS:
-        match = re.search(pattern, message)
-        if match:
-            name = match.group(1)
-            break
-    else:
-        # an allowed name that was used in a way that is not allowed
-        match = re.search(
-            r'(?:WeightsUnpickler error:|Weights only load failed\.).*?'
-            r'((?:Trying to call|Can only|mmrest refuses) .+)',
-            message,
-            re.DOTALL,
-        )
-        if not match:
-            return None
-        name = _first_line(match.group(1))
+def _raise_if_refused(error: Exception, where: str) -> None:
+    """Raise a ``RefusedError`` if that is what torch's error means."""
+    name = _refused_object(str(error))
+    if name is None:
+        return
     advice = (
         'If you trust where the file comes from, save its weights alone with the '
         "program that wrote it: torch.save({'state_dict': model.state_dict()}, path)."
@@ -196,17 +176,17 @@ def _explain_refusal(error: Exception) -> Optional[str]:
             f'torch {torch.__version__} cannot read the training state of mmengine '
             'safely; torch 2.6 or later can. Or save the weights alone.'
         )
-    return (
-        f'It holds an object that safe loading refuses: {name}. Nothing of it was '
-        f'run. {advice}'
-    )
+    # without torch's own text, which advises to switch safety off
+    raise RefusedError(
+        f'{where} was not loaded. It holds an object that safe loading refuses: '
+        f'{name}. Nothing of it was run. {advice}',
+        name,
+    ) from None
 
 
-def _torch_says(error: object) -> str:
-    return _first_line(str(error).rsplit('WeightsUnpickler error:', 1)[-1]) or repr(
-        error
-    )
-
-
-def _first_line(text: str) -> str:
-    return text.strip().split('\n', 1)[0]
+def _refused_object(message: str) -> Optional[str]:
+    for pattern in REFUSALS:
+        match = re.search(pattern, message)
+        if match:
+            return match.group(1).strip()
+    return None

@@ -115,6 +115,10 @@ def _scalar(dtype: Any, raw: Any = None) -> Any:
     return np.frombuffer(raw, dtype)[0] if raw else dtype.type()
 
 
+def _no_bytes() -> bytes:
+    return b''
+
+
 def _statistics_method(owner: Any, name: Any) -> Any:
     known = owner is HistoryBuffer or owner is _HistoryBuffer
     if not known or name not in STATISTICS:
@@ -152,6 +156,7 @@ ALLOWED: tuple[tuple[Any, str], ...] = (
     (_scalar, 'numpy._core.multiarray.scalar'),
     (_ArrayType, 'numpy.ndarray'),
     (_Dtype, 'numpy.dtype'),
+    (_no_bytes, 'builtins.bytes'),  # how empty data is pickled
     # made by _reconstruct; torch sets the state of allow-listed types alone
     (_Array, f'{__name__}._Array'),
 )
