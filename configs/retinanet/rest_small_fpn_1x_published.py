@@ -10,4 +10,13 @@ model = dict(
         std=[1.0, 1.0, 1.0],
         bgr_to_rgb=False,
     ),
+    # Their framework clips boxes to the image after the NMS, mmdet before, which
+    # lets other boxes survive at the image's border.
+    bbox_head=dict(
+        type='ClipLastRetinaHead',
+        bbox_coder=dict(clip_border=False),
+    ),
+)
+custom_imports = dict(
+    imports=['mmrest', 'mmrest.models.retina_head'], allow_failed_imports=False
 )

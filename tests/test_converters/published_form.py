@@ -17,6 +17,10 @@ from torchvision.ops import batched_nms, box_iou, roi_align
 MEAN_BGR = (103.53, 116.28, 123.675)
 MAX_LOG_SCALE = math.log(1000 / 16)
 RATIOS = (0.5, 1.0, 2.0)
+# the detectors that were published
+PUBLISHED = [
+    (kind, arch) for kind in ('mask_rcnn', 'retinanet') for arch in ('small', 'base')
+]
 
 
 def preprocess(image_bgr) -> Tensor:

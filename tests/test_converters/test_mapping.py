@@ -1,0 +1,164 @@
+"""State dict to state dict, both ways."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from published_form import PUBLISHED
+
+from mmrest.converters import (
+    ConversionError,
+    Detector,
+    entries,
+    recognise,
+    to_detectron2,
+    to_mmdet,
+)
+from mmrest.converters.layout import constants, swap_anchor_order
+
+
+@pytest.mark.parametrize(('kind', 'arch'), PUBLISHED)
+def test_names_and_shapes_are_the_published_ones(kind, arch, detector_shapes):
+    found = {
+        entry.detectron2: list(entry.shape)
+        for entry in entries(Detector(kind, arch, 80))
+    }
+    assert found == detector_shapes[f'{kind}_rest_{arch}']
+
+
+@pytest.mark.parametrize(('kind', 'arch'), PUBLISHED)
+def test_converted_weights_fit_the_published_config(kind, arch, native):
+    native(kind, arch)  # load_state_dict(strict=True)
+
+
+@pytest.mark.parametrize(('kind', 'arch'), PUBLISHED)
+def test_there_and_back_is_the_identity(kind, arch, published):
+    source = published(kind, arch)
+    forth = to_mmdet(source)
+    back = to_detectron2(forth.state_dict)
+    assert forth.detector == back.detector == Detector(kind, arch, 80)
+    assert list(back.state_dict) == list(source)
+    assert all(torch.equal(back.state_dict[name], source[name]) for name in source)
+
+
+@pytest.mark.parametrize('kind', ['mask_rcnn', 'retinanet'])
+def test_stored_constants_and_missing_counters_come_back(kind, published):
+    source = published(kind, 'small')
+    frozen = 'backbone.bottom_up.stem.norm1.num_batches_tracked'
+    del source[frozen]  # detectron2's frozen batch norm has none
+    source.update(constants(kind))
+    forth = to_mmdet(source)
+    assert forth.added == [frozen]
+    assert int(forth.state_dict['backbone.stem.norm1.num_batches_tracked']) == 0
+    back = to_detectron2(forth.state_dict, forth.added, forth.constants).state_dict
+    assert back.keys() == source.keys()
+    assert all(torch.equal(back[name], source[name]) for name in source)
+
+
+def test_the_source_is_not_changed(published):
+    source = published('retinanet', 'small')
+    before = {name: tensor.clone() for name, tensor in source.items()}
+    to_mmdet(source)
+    assert source.keys() == before.keys()
+    assert all(torch.equal(source[name], before[name]) for name in before)
+
+
+@given(width=st.integers(1, 90), columns=st.integers(1, 5))
+@settings(max_examples=25, deadline=None)
+def test_anchor_order(width, columns):
+    old = torch.arange(9 * width * columns).view(9 * width, columns)
+    new = swap_anchor_order(old)
+    for size in range(3):
+        for ratio in range(3):
+            to, fro = 3 * ratio + size, 3 * size + ratio
+            assert torch.equal(new.view(9, width, -1)[to], old.view(9, width, -1)[fro])
+    assert torch.equal(swap_anchor_order(new), old)
+
+
+@given(
+    kind=st.sampled_from(['mask_rcnn', 'retinanet']),
+    arch=st.sampled_from(['lite', 'small', 'base', 'large']),
+    num_classes=st.integers(1, 400),
+)
+@settings(max_examples=15, deadline=None)
+def test_recognises_backbone_and_class_count(kind, arch, num_classes):
+    detector = Detector(kind, arch, num_classes)
+    for form in ('detectron2', 'mmdet'):
+        names = {
+            getattr(entry, form): torch.empty(entry.shape, device='meta')
+            for entry in entries(detector)
+        }
+        assert recognise(names, form) == detector
+
+
+def rename(state, old, new):
+    state[new] = state.pop(old)
+
+
+FC1 = 'roi_heads.box_head.fc1.weight'
+BROKEN = {
+    'empty': (lambda s: s.clear(), 'empty'),
+    'no detector': (lambda s: s.pop('roi_heads.box_predictor.cls_score.weight'), 'no '),
+    'both detectors': (
+        lambda s: s.update({'head.cls_score.weight': torch.zeros(720, 1)}),
+        'Mask R-CNN and of a RetinaNet',
+    ),
+    'missing tensor': (lambda s: s.pop(FC1), rf'1 tensors missing:\n  {FC1}'),
+    'unknown tensor': (lambda s: rename(s, FC1, 'extra'), 'not known:\n  extra'),
+    'another shape': (
+        lambda s: s.update({FC1: torch.zeros(1024, 1)}),
+        r'expected \(1024, 12544\), found \(1024, 1\)',
+    ),
+    'NaN': (
+        lambda s: s.update({FC1: torch.full((1024, 12544), float('nan'))}),
+        f'NaN or infinite values:\n  {FC1}',
+    ),
+    'another depth': (
+        lambda s: s.update({'backbone.bottom_up.stage3.9.norm1.weight': s[FC1]}),
+        r'\(64, \(2, 2, 10, 2\)\)',
+    ),
+    'no ResT': (
+        lambda s: s.pop('backbone.bottom_up.stem.conv3.weight'),
+        'stem.conv3.weight is missing',
+    ),
+    'ResTv2': (
+        lambda s: s.update({'backbone.bottom_up.stem.proj.0.weight': s[FC1]}),
+        'ResTv2',
+    ),
+    'other pixels': (
+        lambda s: s.update(pixel_std=torch.full((3, 1, 1), 57.0)),
+        'pixel_std: expected',
+    ),
+}
+
+
+@pytest.mark.parametrize('case', BROKEN)
+def test_refuses(case, published):
+    change, message = BROKEN[case]
+    state = published('mask_rcnn', 'small')
+    change(state)
+    with pytest.raises(ConversionError, match=message):
+        to_mmdet(state)
+
+
+def test_names_what_an_imagenet_checkpoint_is_for(published_shapes):
+    shapes = published_shapes['rest_small']
+    state = {name: torch.empty(shape, device='meta') for name, shape in shapes.items()}
+    with pytest.raises(ConversionError, match='init_cfg'):
+        to_mmdet(state)
+
+
+def test_names_the_other_tool(published):
+    source = published('retinanet', 'small')
+    with pytest.raises(ConversionError, match='mmdet_to_detectron2'):
+        to_mmdet(to_mmdet(source).state_dict)
+    with pytest.raises(ConversionError, match='detectron2_to_mmdet'):
+        to_detectron2(source)
+
+
+def test_long_lists_are_cut(published):
+    state = published('mask_rcnn', 'small')
+    state.update({f'extra{i}': torch.zeros(1) for i in range(50)})
+    with pytest.raises(ConversionError, match='50 tensors not known') as error:
+        to_mmdet(state)
+    assert '... and 30 more' in str(error.value)
