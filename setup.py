@@ -41,6 +41,9 @@ class BuildPy(build_py):
     """
 
     def run(self):
+        if not self.editable_mode:
+            # What an earlier build left here would end up in the wheel.
+            shutil.rmtree(Path(self.build_lib) / 'mmrest', ignore_errors=True)
         super().run()
         for source, target in self._extra_files():
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -177,8 +177,6 @@ step() {
 
 make_venv() {
   [ -x "$env/bin/python" ] && "$env/bin/python" -m pip --version >/dev/null 2>&1 && return
-  mkdir -p "$env"
-  echo "$stack" >"$env/mmrest-stack"
   "$python" -m venv "$env"
 }
 
@@ -212,7 +210,7 @@ PYTHON
     >>"$env/constraints.txt" || true
 }
 
-jobs() {
+compile_jobs() {
   "$env/bin/python" -c '
 import os
 cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -248,7 +246,7 @@ install_mmcv() {
   if [ "${MMCV_CUDA:-}" = 0 ]; then
     export CUDA_VISIBLE_DEVICES='' FORCE_CUDA=0
   fi
-  MMCV_WITH_OPS=1 MAX_JOBS=${MAX_JOBS:-$(jobs)} pip_install -v --no-build-isolation \
+  MMCV_WITH_OPS=1 MAX_JOBS=${MAX_JOBS:-$(compile_jobs)} pip_install -v --no-build-isolation \
     --no-binary "$mmcv" -c "$env/constraints.txt" "$wanted" "$@" 2>&1 | show_progress
 }
 
@@ -312,29 +310,41 @@ fingerprint() {
   )
 }
 
+is_up_to_date() {
+  [ -f "$stamp" ] && [ -x "$env/bin/python" ] && [ "$(cat "$stamp")" = "$(fingerprint)" ]
+}
+
+# Two calls at a time, of `make demo` and `make test` say, must not install together.
+take_turns() {
+  command -v flock >/dev/null || return 0
+  exec 9>"$env/mmrest-lock"
+  flock --nonblock 9 && return
+  say "another make env is at work in $env; waiting for it"
+  flock 9
+}
+
 main() {
   check_stack
   case $env in /*) ;; *) env=$PWD/$env ;; esac
   stamp=$env/mmrest-installed
   log=$env/mmrest-install.log
-  if [ -f "$stamp" ] && [ -x "$env/bin/python" ] && [ "$(cat "$stamp")" = "$(fingerprint)" ]
-  then
-    return
-  fi
+  is_up_to_date && return
   check_folder
   find_python
   check_venv
   check_compiler
   [ -f "$stamp" ] || check_space
 
+  mkdir -p "$env"
+  echo "$stack" >"$env/mmrest-stack"
+  take_turns
+  is_up_to_date && return
   # Only a finished install has a stamp.
   rm -f "$stamp"
   unset PYTHONPATH PYTHONHOME
   export PYTHONNOUSERSITE=1 PIP_USER=0
   say "$stack stack in $env with $("$python" --version), from $(command -v "$python")"
   say 'takes about 12 minutes on two cores, most of it for compiling mmcv'
-  mkdir -p "$env"
-  echo "$stack" >"$env/mmrest-stack"
   step '1/6 virtual environment' make_venv
   step '2/6 build tools' pip_install -q -r "$here/requirements/build.txt"
   step '3/6 torch and torchvision (a large download)' install_torch
@@ -350,4 +360,5 @@ main() {
   say "done: $env (activate with: source $env/bin/activate)"
 }
 
-main
+# In one line, so that bash has read it all should the file change meanwhile.
+main; exit

@@ -14,7 +14,7 @@ import pytest
 
 # What the script may use besides Python and a compiler.
 COMMANDS = ('bash', 'dirname', 'cat', 'df', 'awk', 'ls', 'grep', 'cksum', 'mkdir', 'rm')
-COMMANDS += ('tail', 'env', 'cp', 'sed', 'cut')
+COMMANDS += ('tail', 'cp', 'flock', 'sleep')
 
 # Stands in for python3 and for the environment's python. It notes every call, and
 # fails one whose arguments hold the text in the file `fail`, leaving `log` in pip's.
@@ -29,6 +29,7 @@ case "$*" in
   *sched_getaffinity*) echo 2 ;;
   '-m venv '*) mkdir -p "${@: -1}/bin"; cp "$0" "${@: -1}/bin/python" ;;
   *'-m pip'*install*)
+    [ ! -f "$state/slow" ] || sleep 0.3
     if [ -f "$state/fail" ] && [[ "$*" == *"$(cat "$state/fail")"* ]]; then
       cat "$state/log" >>"$4"
       exit 1
@@ -57,7 +58,8 @@ class Machine:
             shutil.copy(repo / name, self.repo / name)
         shutil.copytree(repo / 'requirements', self.repo / 'requirements')
         for name in COMMANDS:
-            (self.bin / name).symlink_to(shutil.which(name))
+            if shutil.which(name):
+                (self.bin / name).symlink_to(shutil.which(name))
         self.script('python3', FAKE_PYTHON.replace('STATE', f"'{self.state}'"))
         self.script('g++', '#!/bin/sh\n')
         self.say('version', '3.11')
@@ -77,15 +79,22 @@ class Machine:
     def lose(self, name: str):
         (self.bin / name).unlink()
 
-    def run(self, stack='openmmlab', env=None, **variables):
-        (self.state / 'calls').write_text('')
-        return subprocess.run(
-            ['bash', str(self.repo / 'tools/make_env.sh'), stack, str(env or self.env)],
+    def start(self, stack='openmmlab', **variables):
+        return subprocess.Popen(
+            ['bash', str(self.repo / 'tools/make_env.sh'), stack, str(self.env)],
             env={'PATH': str(self.bin), **variables},
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=60,
+        )
+
+    def run(self, stack='openmmlab', **variables):
+        (self.state / 'calls').write_text('')
+        process = self.start(stack, **variables)
+        stdout, stderr = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(
+            process.args, process.returncode, stdout, stderr
         )
 
     @property
@@ -302,6 +311,16 @@ def test_mmcv_of_another_torch_is_compiled_anew_once(machine):
     assert len(mmcv) == 2
     assert '--no-cache-dir --force-reinstall --no-deps' in mmcv[1]
     assert 'compiling it anew' in result.stdout
+
+
+@pytest.mark.skipif(not shutil.which('flock'), reason='flock is Linux only')
+def test_two_calls_at_a_time_install_once(machine):
+    machine.say('slow', '')
+    both = [machine.start(), machine.start()]
+    outputs = [process.communicate(timeout=60)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert len(machine.installs) == 5
+    assert sum('waiting for it' in output for output in outputs) == 1
 
 
 def test_unfit_environment_is_not_finished(machine):

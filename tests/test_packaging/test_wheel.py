@@ -68,6 +68,14 @@ def test_scripts_stay_executable(wheel):
     assert all(info.external_attr >> 16 & 0o100 for info in scripts)
 
 
+def test_leftovers_of_an_earlier_build_stay_out(build, source, wheel):
+    for stale in ('mmrest/gone.py', 'mmrest/.mim/configs/gone.py'):
+        path = source / 'build' / 'lib' / stale
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('')
+    assert names(build('build_wheel')) == names(wheel)
+
+
 def test_wheel_from_sdist_is_the_same(build, wheel, tmp_path):
     with tarfile.open(build('build_sdist')) as archive:
         archive.extractall(tmp_path)
