@@ -49,7 +49,7 @@ def parse_args():
 
 
 def draw(cfg: Config, args: argparse.Namespace) -> None:
-    hook = cfg.get('default_hooks', {}).get('visualization', {})
+    hook = cfg.get('default_hooks', {}).get('visualization') or {}
     if hook.get('type') not in DRAWING:
         raise launch.LaunchError(
             '--show and --show-dir need default_hooks.visualization to be one of '
