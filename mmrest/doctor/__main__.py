@@ -6,7 +6,7 @@ import json
 import sys
 import textwrap
 
-from .checks import OPTIONAL, REQUIRED, diagnose
+from .checks import OPTIONAL, REQUIRED, diagnose, stack_name
 from .probe import probe
 
 
@@ -50,7 +50,8 @@ def render(facts: dict, findings: list) -> str:
     """Returns the report as text."""
     lines = [
         f'mmrest doctor: Python {facts["python"]} ({facts["executable"]}), '
-        f'{facts["platform"]}'
+        f'{facts["platform"]}',
+        f'  {"stack":<13} {stack_name(facts["distributions"])}',
     ]
     for name, fact in facts['modules'].items():
         if fact['found'] and fact['error'] is None:
@@ -59,7 +60,7 @@ def render(facts: dict, findings: list) -> str:
             state = f'{fact["version"] or "found"}; BROKEN: {fact["error"]}'
         else:
             state = 'not installed'
-        lines.append(f'  {name:<12} {state}')
+        lines.append(f'  {name:<13} {state}')
     for finding in findings:
         lines.append('')
         lines.append(f'{finding.level}: {finding.what}')

@@ -86,6 +86,15 @@ def diagnose(facts: dict, require=REQUIRED) -> list:
     return sorted(unique.values(), key=lambda finding: finding.level)
 
 
+def stack_name(distributions: dict) -> str:
+    """Returns whose packages are installed: OpenMMLab's, OneDL's, both or none."""
+    whose = {
+        'OneDL' if name.startswith('onedl-') else 'OpenMMLab'
+        for name in _stack_of(distributions)
+    }
+    return ' and '.join(sorted(whose, reverse=True)) or 'none'
+
+
 def _names(distributions: dict) -> dict:
     """What to call the packages in a fix: those of the stack that is installed."""
     onedl = any(name.startswith('onedl-') for name in distributions)
@@ -109,7 +118,7 @@ def _stacks(facts: dict):
             f'pip uninstall -y {names}; then install the ones of one stack again, or '
             'run `make env STACK=openmmlab` or `make env STACK=onedl`.',
         )
-    elif {name.startswith('onedl-') for name in _stack_of(installed)} == {True, False}:
+    elif ' and ' in stack_name(installed):
         yield Finding(
             'warning',
             'packages of OpenMMLab and of OneDL are mixed',

@@ -49,9 +49,10 @@ os.dup2(2, 1)
 
 def notes(name, module):
     if name == 'torch':
-        build = 'CUDA ' + module.version.cuda if module.version.cuda else 'CPU build'
+        cuda = module.version.cuda
         gpus = module.cuda.device_count() if module.cuda.is_available() else 0
-        return [build, f'{gpus} GPU' if gpus else 'no GPU to be used']
+        return [f'CUDA {cuda} build' if cuda else 'CPU build',
+                f'{gpus} GPU' if gpus else 'no GPU to be seen']
     if name == 'torchvision':
         import torch
         box = torch.tensor([[0.0, 0.0, 2.0, 2.0]])
@@ -66,7 +67,7 @@ def notes(name, module):
         module.nms(box, torch.ones(1), 0.5)
         cuda = module.get_compiling_cuda_version()
         return ['compiled, work', 'for the CPU alone' if cuda == 'not available'
-                else 'CUDA ' + cuda]
+                else f'for CUDA {cuda}']
     if name == 'mmrest':
         hooks = {getattr(finder, '__name__', '') for finder in sys.meta_path}
         known = 'MmrestConfigScope' in hooks
@@ -121,6 +122,8 @@ def probe() -> dict:
         modules[name]['version'] = modules[name]['version'] or distributions.get(
             name.partition('.')[0]
         )
+    modules['cv2']['notes'] = [name for name in distributions if 'opencv' in name]
+    modules['pkg_resources']['version'] = distributions.get('setuptools')
     return {
         'python': platform.python_version(),
         'executable': sys.executable,

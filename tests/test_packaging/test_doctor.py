@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmrest.doctor.__main__ import main, render
-from mmrest.doctor.checks import REQUIRED, TWINS, diagnose
+from mmrest.doctor.checks import REQUIRED, TWINS, diagnose, stack_name
 from mmrest.doctor.probe import import_all, release
 
 VERSIONS = {
@@ -44,7 +44,7 @@ def facts():
         name: {'found': True, 'version': version, 'error': None, 'notes': []}
         for name, version in VERSIONS.items()
     }
-    modules['torch']['notes'] = ['CPU build', 'no GPU to be used']
+    modules['torch']['notes'] = ['CPU build', 'no GPU to be seen']
     modules['mmcv.ops']['notes'] = ['compiled, work', 'for the CPU alone']
     return {
         'python': '3.11.7',
@@ -77,7 +77,7 @@ def lacks(*modules):
 
 
 def on_gpu(facts):
-    facts['modules']['torch']['notes'] = ['CUDA 12.8', '2 GPU']
+    facts['modules']['torch']['notes'] = ['CUDA 12.8 build', '2 GPU']
 
 
 def onedl(facts):
@@ -318,6 +318,27 @@ def test_onedl_alone_fits_without_pkg_resources(facts):
     onedl(facts)
     facts['modules']['pkg_resources']['found'] = False
     assert diagnose(facts) == []
+
+
+@pytest.mark.parametrize(
+    ('installed', 'name'),
+    [
+        ([], 'none'),
+        (['torch', 'mmcv', 'mmdet'], 'OpenMMLab'),
+        (['onedl-mmengine'], 'OneDL'),
+        (['mmdet', 'onedl-mmcv'], 'OpenMMLab and OneDL'),
+    ],
+)
+def test_stack_name(installed, name):
+    assert stack_name(dict.fromkeys(installed, '1.0')) == name
+
+
+def test_packages_of_both_stacks_side_by_side_are_a_warning(facts):
+    facts['distributions']['onedl-mmpretrain'] = '1.3.6'
+    del facts['distributions']['mmpretrain']
+    (finding,) = diagnose(facts)
+    assert finding.level == 'warning'
+    assert 'mixed' in finding.what
 
 
 @given(
