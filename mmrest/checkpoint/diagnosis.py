@@ -70,7 +70,7 @@ def foreign_kind(path: str) -> Optional[str]:
             'It is a tar archive, perhaps a checkpoint of PyTorch before 0.4',
             'Unpack it, or load and save it again with PyTorch 1.x.',
         )
-    if zipfile.is_zipfile(path):
+    if head.startswith(b'PK') and zipfile.is_zipfile(path):
         return _foreign_zip(path)
     return None
 

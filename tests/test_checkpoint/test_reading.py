@@ -7,8 +7,12 @@ import io
 import json
 import os
 import pickle
+import socket
+import subprocess
+import sys
 import threading
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -241,6 +245,31 @@ def test_bad_urls(server, tmp_path):
     with pytest.raises(CheckpointError, match=r'HTML.*') as error:
         read_checkpoint(f'{url}/page.pth')
     assert 'delete that file to download it again' in str(error.value)
+
+
+def test_url_in_a_group(server, weights, tmp_path, repo):
+    """One process downloads, and if it fails the others do not wait forever."""
+    url, root = server
+    torch.save({'model': weights}, root / 'rest.pth')
+    (tmp_path / 'hub').mkdir()
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2']
+    port = socket.socket()
+    port.bind(('127.0.0.1', 0))
+    command += ['--master_port', str(port.getsockname()[1])]
+    port.close()
+    command += [str(Path(__file__).with_name('read_by_two.py')), str(tmp_path / 'hub')]
+    done = subprocess.run(
+        [*command, f'{url}/none.pth', f'{url}/rest.pth'],
+        env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(repo)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        failed, count = (tmp_path / 'hub' / f'{rank}.txt').read_text().splitlines()
+        assert 'HTTP Error 404' in failed
+        assert count == '2'
 
 
 def test_payload_from_a_url(server, payload):
