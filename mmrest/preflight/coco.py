@@ -173,37 +173,30 @@ def _check_classes(dataset, content, unused_categories):
 def _check_use(dataset, content):
     if not content['images']:
         yield 'lists no images. Give a file with images.'
-        return
-    if dataset.test_mode:
-        usable = None
-    else:
-        classes = {
-            item['id']
-            for item in content['categories']
-            if item['name'] in dataset.classes
-        }
-        usable = {
-            item['image_id']
-            for item in content['annotations']
-            if item['category_id'] in classes
-        }
-        large = {
-            item['id']
-            for item in content['images']
-            if min(item['width'], item['height']) >= dataset.min_size
-        }
-        if not usable & large:
-            yield (
-                f'lists {len(content["images"])} images, none of which can be trained '
-                'on: an image needs at least one annotation of the classes'
-                + (
-                    f' and sides of {dataset.min_size} pixels.'
-                    if dataset.min_size
-                    else '.'
-                )
-            )
+    elif not dataset.test_mode and not _trainable_images(dataset, content):
+        sides = f' and sides of {dataset.min_size} pixels' if dataset.min_size else ''
+        yield (
+            f'lists {len(content["images"])} images, none of which can be trained on: '
+            f'an image needs at least one annotation of the classes{sides}.'
+        )
     if dataset.needs_masks:
         yield from _check_masks(dataset, content.get('annotations', ()))
+
+
+def _trainable_images(dataset, content):
+    categories = {
+        item['id'] for item in content['categories'] if item['name'] in dataset.classes
+    }
+    large = {
+        item['id']
+        for item in content['images']
+        if min(item['width'], item['height']) >= dataset.min_size
+    }
+    return large & {
+        item['image_id']
+        for item in content['annotations']
+        if item['category_id'] in categories
+    }
 
 
 def _check_masks(dataset, annotations):

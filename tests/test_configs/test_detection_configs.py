@@ -187,3 +187,18 @@ def test_configs_need_no_other_project(repo):
         for base in re.findall("'(.*?)'", ' '.join(bases)):
             assert '::' not in base, path
             assert (path.parent / base).is_file(), f'{path}: {base}'
+
+
+def test_the_example_of_ones_own_data(read, shared):
+    """It builds, and fits the photographs that it was written for."""
+    from mmrest.preflight import check_config
+
+    cfg = read('fruit_nuts/mask_rcnn_rest_fruit_nuts.py')
+    root = f'{shared / "data" / "fruit_nuts"}/'
+    for split in ('train', 'val', 'test'):
+        assert cfg[f'{split}_dataloader'].dataset.data_root == 'data/fruit_nuts/'
+        cfg[f'{split}_dataloader'].dataset.data_root = root
+        if split != 'train':
+            cfg[f'{split}_evaluator'].ann_file = f'{root}trainval.json'
+    check_config(cfg)
+    build(cfg)
