@@ -11,8 +11,8 @@ import torch
 
 TESTS = Path(__file__).resolve().parent
 REPO = TESTS.parent
-# so that every test can `from weights_rule import fill, image`
-sys.path.insert(0, str(TESTS))
+# so that tests can import weights_rule and the helpers of test_ops
+sys.path[:0] = [str(TESTS), str(TESTS / 'test_ops')]
 
 
 @pytest.fixture(autouse=True)

@@ -5,12 +5,11 @@ as a map of shape (B, C, H, W) is in channels_last order, so going from one to t
 other (:func:`to_map`, :func:`to_tokens`) copies nothing.
 """
 
-import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 
-from ..ops import attention, head_interaction_attention
+from ..ops import attention, gelu_mlp, head_interaction_attention
 
 Size = tuple[int, int]
 
@@ -158,7 +157,7 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+        return gelu_mlp(x, self.fc1, self.fc2, self.drop)
 
 
 class Block(nn.Module):

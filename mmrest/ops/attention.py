@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dense import dense_attention, dense_head_interaction_attention
+from .export import is_exporting
 from .operator import head_interaction_attention_op
 
 ATTN_IMPLS = ('auto', 'tiled', 'dense')
@@ -59,8 +60,9 @@ def head_interaction_attention(
             evaluation. Default: 0.
         attn_impl (str): ``'dense'`` stores every map and is the definition;
             ``'tiled'`` gives the same in memory that grows with N, not N x M
-            (first-order gradients only); ``'auto'`` is ``'tiled'``, except while
-            a model is exported to TorchScript or ONNX. Default: ``'auto'``.
+            (first-order gradients only, and no ``torch.func.grad``); ``'auto'`` is
+            ``'tiled'``, except while a model is exported to TorchScript or ONNX.
+            Default: ``'auto'``.
         tile_rows (int, optional): Query rows of a tile. Default: chosen from the
             sizes and from ``MMREST_TILE_BYTES``, see :mod:`mmrest.ops.tiling`.
 
@@ -73,7 +75,7 @@ def head_interaction_attention(
     check_attn_impl(attn_impl)
     _check_inputs(q, k, v, weight, bias)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if attn_impl == 'dense' or (attn_impl == 'auto' and _exporting_plain_operators()):
+    if attn_impl == 'dense' or (attn_impl == 'auto' and is_exporting()):
         return dense_head_interaction_attention(
             q, k, v, weight, bias, scale, eps, dropout_p
         )
@@ -106,15 +108,6 @@ def attention(
     if attn_impl == 'dense':
         return dense_attention(q, k, v, scale, dropout_p)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
-
-
-def _exporting_plain_operators() -> bool:
-    """Whether the model is being exported to a form without our operator."""
-    return (
-        torch.jit.is_scripting()
-        or torch.jit.is_tracing()
-        or torch.onnx.is_in_onnx_export()
-    )
 
 
 def _check_inputs(

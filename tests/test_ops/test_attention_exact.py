@@ -1,0 +1,235 @@
+"""Every implementation against the dense form, forward and backward."""
+
+import pytest
+import torch
+from attention_cases import TOLERANCE, Shape, assert_same, make_inputs, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmrest.ops import attention, head_interaction_attention
+from mmrest.ops.tiling import choose_tile
+
+SHAPES = [
+    Shape(1, 2, 50, 13, 8),
+    Shape(2, 4, 97, 31, 16),
+    Shape(3, 8, 33, 33, 4),
+    Shape(2, 2, 7, 1, 8),  # a single key: the map is constant
+    Shape(1, 2, 1, 1, 4),
+    Shape(1, 2, 1, 9, 4),
+    Shape(5, 3, 64, 16, 5),
+    Shape(0, 2, 6, 4, 4),
+    Shape(1, 16, 40, 10, 3),
+]
+
+
+@pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
+@pytest.mark.parametrize('tile_rows', [None, 1, 7, 32, 1000])
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+def test_equals_dense(shape, tile_rows, dtype):
+    inputs = make_inputs(shape, dtype)
+    grad = torch.randn(shape.batch, shape.heads, shape.queries, shape.dim, dtype=dtype)
+    expected = run(inputs, grad, attn_impl='dense')
+    found = run(inputs, grad, attn_impl='tiled', tile_rows=tile_rows)
+    expected['bias'] = torch.zeros_like(expected['bias'])
+    assert_same(found, expected, TOLERANCE[dtype])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.builds(
+        Shape,
+        batch=st.integers(1, 4),
+        heads=st.integers(1, 9),
+        queries=st.integers(1, 70),
+        keys=st.integers(1, 40),
+        dim=st.integers(1, 12),
+    ),
+    tile_bytes=st.integers(1, 40_000),
+    seed=st.integers(0, 2**16),
+)
+def test_equals_dense_for_any_shape_and_budget(shape, tile_bytes, seed):
+    inputs = make_inputs(shape, torch.float64, seed)
+    grad = torch.ones(
+        shape.batch, shape.heads, shape.queries, shape.dim, dtype=torch.float64
+    )
+    expected = run(inputs, grad, attn_impl='dense')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('MMREST_TILE_BYTES', str(tile_bytes))
+        patch.setattr('mmrest.ops.tiling.MIN_ROWS', 3)
+        found = run(inputs, grad, attn_impl='tiled')
+    assert_same(found, expected, TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize('wanted', [('q',), ('k', 'v'), ('v',), ('weight',)])
+def test_gradients_of_some_inputs_only(wanted):
+    shape = Shape(2, 2, 20, 9, 4)
+    inputs = make_inputs(shape, torch.float64)
+    for name, tensor in inputs.items():
+        tensor.requires_grad_(name in wanted)
+    grad = torch.randn(2, 2, 20, 4, dtype=torch.float64)
+    expected = run(inputs, grad, wanted, attn_impl='dense')
+    found = run(inputs, grad, wanted, attn_impl='tiled', tile_rows=6)
+    assert_same(found, expected, TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize(
+    'layout',
+    [
+        lambda x: x.contiguous(),
+        lambda x: x.detach().repeat_interleave(2, dim=3)[..., ::2],
+        lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+        lambda x: x.contiguous(memory_format=torch.channels_last),
+    ],
+    ids=['contiguous', 'strided', 'transposed', 'channels_last'],
+)
+def test_any_memory_layout(layout):
+    inputs = make_inputs(Shape(2, 4, 21, 10, 6), torch.float64)
+    grad = torch.randn(2, 4, 21, 6, dtype=torch.float64)
+    expected = run(inputs, grad, ('weight',), attn_impl='dense')
+    inputs.update((name, layout(inputs[name])) for name in 'qkv')
+    found = run(inputs, layout(grad), ('weight',), attn_impl='tiled', tile_rows=5)
+    assert_same(found, expected, TOLERANCE[torch.float64])
+
+
+def test_gradient_that_is_an_expanded_scalar():
+    inputs = make_inputs(Shape(2, 2, 9, 5, 3), torch.float64)
+    grad = torch.ones((), dtype=torch.float64).expand(2, 2, 9, 3)
+    expected = run(inputs, grad, attn_impl='dense')
+    assert_same(run(inputs, grad, attn_impl='tiled', tile_rows=4), expected, 1e-10)
+
+
+@pytest.mark.parametrize('dropout_p', [0.0, 0.4])
+def test_gradcheck(dropout_p):
+    inputs = make_inputs(Shape(2, 3, 7, 4, 3), torch.float64)
+
+    def function(*tensors):
+        # the same dropout masks in every evaluation
+        torch.manual_seed(0)
+        return head_interaction_attention(
+            *tensors, dropout_p=dropout_p, attn_impl='tiled', tile_rows=3
+        )
+
+    assert torch.autograd.gradcheck(function, tuple(inputs.values()))
+
+
+def test_second_order_gradients_are_refused():
+    inputs = make_inputs(Shape(1, 2, 5, 4, 3), torch.float64)
+    out = head_interaction_attention(**inputs, attn_impl='tiled')
+    (grad_q,) = torch.autograd.grad(out.sum(), inputs['q'], create_graph=True)
+    with pytest.raises(NotImplementedError, match="attn_impl='dense'"):
+        grad_q.sum().backward()
+
+
+def test_dense_has_second_order_gradients():
+    inputs = make_inputs(Shape(1, 2, 5, 4, 3), torch.float64)
+
+    def function(q, k, v):
+        weight = inputs['weight'].detach()
+        return head_interaction_attention(q, k, v, weight, attn_impl='dense')
+
+    qkv = tuple(inputs[name] for name in 'qkv')
+    assert torch.autograd.gradgradcheck(function, qkv)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_no_worse_than_dense(dtype):
+    inputs = make_inputs(Shape(2, 4, 120, 45, 16), torch.float32)
+    grad = torch.randn(2, 4, 120, 16)
+    wanted = ('q', 'k', 'v', 'weight')
+    exact = run(inputs, grad, wanted, attn_impl='dense')
+    half = {
+        name: t.detach().to(dtype).requires_grad_() if name in 'qkv' else t
+        for name, t in inputs.items()
+    }
+
+    def distances(**options):
+        with torch.autocast('cpu', dtype):
+            found = run(half, grad.to(dtype), wanted, **options)
+        return {
+            name: float((found[name].float() - exact[name]).norm()) for name in exact
+        }
+
+    dense = distances(attn_impl='dense')
+    tiled = distances(attn_impl='tiled', tile_rows=50)
+    for name, distance in tiled.items():
+        assert distance <= 1.1 * dense[name], (name, distance, dense[name])
+
+
+def test_dropout_scales_and_zeroes():
+    shape = Shape(1, 2, 200, 30, 30)
+    inputs = make_inputs(shape, torch.float64)
+    # with v = identity the output is the map itself
+    inputs['v'] = torch.eye(30, dtype=torch.float64).expand(1, 2, 30, 30)
+    whole = head_interaction_attention(**inputs, attn_impl='tiled')
+    dropped = head_interaction_attention(
+        **inputs, dropout_p=0.25, attn_impl='tiled', tile_rows=64
+    )
+    kept = dropped != 0
+    assert abs(float(kept.double().mean()) - 0.75) < 0.02
+    # the statistics are those of the map before the dropout: to within the
+    # factor, which is common to a head
+    ratio = dropped[kept] / whole[kept]
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 1 / 0.75))
+
+
+def test_dropout_follows_the_global_seed():
+    inputs = make_inputs(Shape(1, 2, 20, 10, 4))
+
+    def draw(seed):
+        torch.manual_seed(seed)
+        return head_interaction_attention(**inputs, dropout_p=0.5, attn_impl='tiled')
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+
+
+@pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
+@pytest.mark.parametrize('shape', [(2, 1, 50, 13, 8), (1, 1, 1, 1, 4)], ids=str)
+def test_one_head(shape, dtype):
+    inputs = make_inputs(Shape(*shape), dtype)
+    qkv = {name: inputs[name] for name in 'qkv'}
+    b, h, n, _, d = shape
+    grad = torch.randn(b, h, n, d, dtype=dtype)
+    expected = run(qkv, grad, 'qkv', attention, attn_impl='dense')
+    found = run(qkv, grad, 'qkv', attention, attn_impl='auto')
+    assert_same(found, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(attn_impl='fast'), "attn_impl must be one of 'auto'.*'fast'"),
+        (dict(tile_rows=0), 'tile_rows must be at least 1, found 0'),
+        (dict(k=torch.zeros(1, 2, 5, 9)), r'found q \(1, 2, 8, 4\), k \(1, 2, 5, 9\)'),
+        (dict(weight=torch.zeros(3, 3)), r'weight \(3, 3\)'),
+        (dict(q=torch.zeros(8, 4)), r'found q \(8, 4\)'),
+        (dict(v=torch.zeros(1, 2, 5, 4).half()), 'one dtype'),
+    ],
+)
+def test_bad_input(change, message):
+    options = {**make_inputs(Shape(1, 2, 8, 5, 4)), 'attn_impl': 'tiled', **change}
+    with pytest.raises(ValueError, match=message):
+        head_interaction_attention(**options)
+
+
+@pytest.mark.parametrize('value', ['', '0', '-5', '1e6', 'big'])
+def test_bad_tile_budget(monkeypatch, value):
+    monkeypatch.setenv('MMREST_TILE_BYTES', value)
+    with pytest.raises(ValueError, match='MMREST_TILE_BYTES must be a positive'):
+        head_interaction_attention(**make_inputs(Shape(1, 2, 8, 5, 4)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    batch=st.integers(0, 40),
+    heads=st.integers(1, 16),
+    queries=st.integers(0, 10**6),
+    keys=st.integers(1, 10**5),
+)
+def test_tiles_stay_within_the_budget(batch, heads, queries, keys):
+    q = torch.empty(batch, heads, queries, 8, device='meta')
+    tile = choose_tile(q, keys)
+    assert tile.rows >= 1 and tile.images >= 1
+    row_bytes = heads * keys * 4
+    budget = max(128 * 2**20, 64 * row_bytes)  # meta counts as a large device
+    assert tile.images * tile.rows * row_bytes <= budget
