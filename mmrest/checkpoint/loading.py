@@ -45,8 +45,9 @@ class LoadReport:
     cast: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        where = f' (under {self.wrapper})' if self.wrapper else ''
-        where += f' (names without {self.prefix})' if self.prefix else ''
+        form = [f'under {self.wrapper}'] if self.wrapper else []
+        form += [f'names without {self.prefix}'] if self.prefix else []
+        where = f' ({", ".join(form)})' if form else ''
         lines = [f'Loaded {len(self.loaded)} tensors from {self.source}{where}.']
         for names, what in (
             (self.new, 'New, initialised and not loaded'),

@@ -81,8 +81,7 @@ def test_one_line_is_logged(save):
     assert line.levelno == logging.INFO
     assert line.getMessage() == str(report)
     for part in (
-        f'Loaded 13 tensors from {path} (under state_dict)',
-        'names without module.backbone.',
+        f'Loaded 13 tensors from {path} (under state_dict, names without module.back',
         'New, initialised and not loaded: 2 (norm1)',
         'In the file and unused: 1 (head)',
         'Of other parts of the model in the file: 1 (module)',
@@ -258,12 +257,17 @@ def test_any_change_of_names_is_found(save, data):
 def published_file(published_shapes, tmp_path_factory):
     """Write a checkpoint of published form, and return path and tensors."""
 
+    filled = {}
+
     def write(arch, wrapper='model', prefix='', **others):
-        state = {
-            k: torch.zeros(s, dtype=torch.long if 'tracked' in k else torch.float)
-            for k, s in published_shapes[arch].items()
-        }
-        fill(state)
+        if arch not in filled:
+            filled[arch] = fill(
+                {
+                    k: torch.zeros(s, dtype=torch.long if 'tracked' in k else None)
+                    for k, s in published_shapes[arch].items()
+                }
+            )
+        state = filled[arch]
         path = tmp_path_factory.mktemp('published') / f'{arch}.pth'
         content = {prefix + k: v for k, v in state.items()}
         content.update(others)
