@@ -152,7 +152,7 @@ param_scheduler = [
 ]
 
 default_hooks = dict(
-    logger=dict(interval=20),
+    logger=dict(interval=20, log_metric_by_epoch=False),
     checkpoint=dict(interval=max_iters, max_keep_ckpts=1),
 )
 log_processor = dict(window_size=20)

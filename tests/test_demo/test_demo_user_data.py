@@ -105,6 +105,18 @@ def test_one_file_is_split_and_left_unchanged(root, tmp_path):
     assert before == sorted((p, p.stat().st_mtime_ns) for p in root.rglob('*'))
 
 
+def test_large_val_is_cut_down(tmp_path, monkeypatch):
+    monkeypatch.setattr('user_data.MAX_VAL', 3)
+    for split in ('train', 'val'):
+        write(tmp_path / 'data' / f'{split}.json', coco())
+        write_images(tmp_path / 'data' / split, coco())
+    found = find_coco_data(tmp_path / 'data', tmp_path / 'split')
+    val = json.loads(found.val.ann_file.read_text())
+    assert len(val['images']) == len(val['annotations']) == 3
+    assert '3 of 5 val images' in found.note
+    assert found.val.img_dir == (tmp_path / 'data' / 'val').resolve()
+
+
 def change(path, **fields):
     content = json.loads(path.read_text())
     content.update(fields)

@@ -15,7 +15,7 @@ from mmengine.structures import InstanceData
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402
 
-SHOWN_SIDE = 480  # pictures are enlarged to about this many pixels
+SHOWN_SIDE = 640  # pictures are enlarged to about this many pixels
 TITLES = ('ground truth', 'prediction')
 PALETTE = ((20, 110, 230), (220, 40, 160), (30, 200, 200), (240, 240, 240))
 
@@ -35,7 +35,7 @@ def save_pictures(model, dataset, out_dir, count=12, score_thr=0.5):
     """
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    visualizer = DetLocalVisualizer(name='demo', line_width=2, alpha=0.45)
+    visualizer = DetLocalVisualizer(name='demo', line_width=3, alpha=0.35)
     visualizer.dataset_meta = _meta(dataset.metainfo['classes'])
     model.eval()
     paths, pairs = [], []

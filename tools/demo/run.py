@@ -11,6 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+# Read when torch is loaded. Threads that spin while they wait take the cores from
+# the data loader and from whatever else runs on a small machine.
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+
+# ruff: noqa: E402
 import torch
 from fruitset.coco import CLASSES, SPLITS, VERSION, generate
 from mmengine.config import Config, DictAction

@@ -8,6 +8,7 @@ from pathlib import Path
 TRAIN_WORDS = ('train',)
 VAL_WORDS = ('val', 'valid', 'validation', 'test')
 HELD_BACK = 0.2  # part of the images kept for evaluation where no split exists
+MAX_VAL = 300  # evaluating more than this many images would take longer than training
 
 LAYOUTS = """Accepted layouts (any file and folder names where * stands):
   DIR/annotations/*train*.json + *val*.json   and folders with the images
@@ -75,7 +76,13 @@ def find_coco_data(root, split_dir, seed=0):
             Split(found[split], _image_folder(root, found[split], content))
             for split, content in (('train', train), ('val', val))
         ]
-        return CocoFolder(classes, *splits, note='train and val as found')
+        note = 'train and val as found'
+        if len(val['images']) > MAX_VAL:
+            note += f', {MAX_VAL} of {len(val["images"])} val images drawn'
+            chosen = _shuffled(val['images'], seed)[:MAX_VAL]
+            ann_file = _write_part(val, chosen, Path(split_dir) / 'val.json')
+            splits[1] = Split(ann_file, splits[1].img_dir)
+        return CocoFolder(classes, *splits, note=note)
     path = found.get('all') or found.get('train')
     if path is None:
         raise DataError(
@@ -215,20 +222,28 @@ def _image_folder(root, ann_file, content):
 
 def _make_split(content, split_dir, seed):
     """Write train.json and val.json with a random part of the images held back."""
-    images = sorted(content['images'], key=lambda image: image['id'])
+    images = _shuffled(content['images'], seed)
     if len(images) < 2:
         raise DataError('A split needs at least 2 images, 1 was found.')
-    random.Random(seed).shuffle(images)
-    num_val = max(1, round(HELD_BACK * len(images)))
-    parts = dict(val=images[:num_val], train=images[num_val:])
-    split_dir.mkdir(parents=True, exist_ok=True)
-    files = []
-    for split in ('train', 'val'):
-        ids = {image['id'] for image in parts[split]}
-        part = dict(content, images=parts[split])
-        part['annotations'] = [
-            a for a in content['annotations'] if a['image_id'] in ids
-        ]
-        files.append(split_dir / f'{split}.json')
-        files[-1].write_text(json.dumps(part))
+    num_val = min(MAX_VAL, max(1, round(HELD_BACK * len(images))))
+    parts = dict(train=images[num_val:], val=images[:num_val])
+    files = [
+        _write_part(content, part, split_dir / f'{split}.json')
+        for split, part in parts.items()
+    ]
     return files, (len(parts['train']), num_val)
+
+
+def _shuffled(images, seed):
+    images = sorted(images, key=lambda image: image['id'])
+    random.Random(seed).shuffle(images)
+    return images
+
+
+def _write_part(content, images, path):
+    """Write ``content`` with only some of its images; returns ``path``."""
+    ids = {image['id'] for image in images}
+    annotations = [a for a in content['annotations'] if a['image_id'] in ids]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dict(content, images=images, annotations=annotations)))
+    return path
