@@ -15,6 +15,7 @@ from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.hub import get_config
 
+from .checkpoint import force_safe_loading
 from .config_scope import SCOPE, find_config
 
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
@@ -65,6 +66,8 @@ def load_config(args: argparse.Namespace) -> Config:
         LaunchError: If there is no such config.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    # mmengine loads some addresses, and its OneDL twin some files, unsafely
+    force_safe_loading()
     cfg = _read(args.config)
     cfg.launcher = args.launcher
     if args.cfg_options:

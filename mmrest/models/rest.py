@@ -179,18 +179,18 @@ class ResT(BaseModule):
         if self.init_cfg is None:
             self._draw_weights()
             return
-        if not (
-            isinstance(self.init_cfg, dict) and self.init_cfg['type'] == 'Pretrained'
-        ):
+        pretrained = self._pretrained_cfg()
+        if pretrained is None:
             super().init_weights()
             return
         # what a checkpoint lacks (norm1..3) is drawn
         self._draw_weights()
         load_pretrained(
             self,
-            self.init_cfg['checkpoint'],
+            pretrained['checkpoint'],
             may_be_new=self._may_be_new(),
             may_be_unused=self._may_be_unused(),
+            prefix=pretrained.get('prefix'),
         )
         self._is_init = True
 
@@ -232,20 +232,27 @@ class ResT(BaseModule):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
 
+    def _pretrained_cfg(self) -> Optional[dict]:
+        """``init_cfg`` if it names a checkpoint and nothing else."""
+        cfgs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg]
+        if len(cfgs) == 1 and cfgs[0].get('type') == 'Pretrained':
+            return cfgs[0]
+        return None
+
     def _may_be_new(self) -> tuple[str, ...]:
-        """Prefixes of parameters that ImageNet checkpoints do not hold."""
-        names = [self._out_norm_name(i) for i in self.out_indices if i < NUM_STAGES - 1]
-        return tuple(f'{name}.' for name in names)
+        """Modules that ImageNet checkpoints do not hold."""
+        indices = [i for i in self.out_indices if i < NUM_STAGES - 1]
+        return tuple(self._out_norm_name(i) for i in indices)
 
     def _may_be_unused(self) -> tuple[str, ...]:
-        """Prefixes that a checkpoint of this arch may hold and this model lacks."""
+        """Modules that a checkpoint of this arch may hold and this model lacks."""
         absent = {'head'}
         for i in range(NUM_STAGES):
             if i not in self.out_indices:
                 absent.add(self._out_norm_name(i))
             if i >= self.num_stages:
                 absent.update((f'patch_embed_{i + 1}', f'stage{i + 1}'))
-        return tuple(f'{name}.' for name in sorted(absent))
+        return tuple(sorted(absent))
 
 
 def _freeze(module: nn.Module) -> None:

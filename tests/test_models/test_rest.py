@@ -284,3 +284,27 @@ def test_bad_arguments(options, message):
 def test_bad_images(shape):
     with pytest.raises(ValueError, match=r'\(B, 3, H, W\), found \('):
         tiny()(torch.zeros(shape))
+
+
+@pytest.mark.parametrize('listed', [False, True])
+@pytest.mark.parametrize('wrapper', [None, 'model', 'state_dict', 'state_dict_ema'])
+@pytest.mark.parametrize('prefix', ['', 'module.', 'backbone.', 'backbone.bottom_up.'])
+def test_init_cfg_reads_every_published_form(tmp_path, wrapper, prefix, listed):
+    source = tiny(out_indices=(3,)).state_dict()
+    tensors = {f'{prefix}{key}': tensor for key, tensor in source.items()}
+    tensors[f'{prefix}head.weight'] = torch.zeros(10, 32)
+    path = tmp_path / 'rest.pth'
+    torch.save(tensors if wrapper is None else {wrapper: tensors}, path)
+    init_cfg = dict(type='Pretrained', checkpoint=str(path))
+    model = ResT(TINY, init_cfg=[init_cfg] if listed else init_cfg)
+    model.init_weights()
+    found = model.state_dict()
+    assert all(torch.equal(found[key], source[key]) for key in source)
+
+
+def test_init_cfg_refuses_another_arch(tmp_path):
+    path = tmp_path / 'rest.pth'
+    torch.save(ResT({**TINY, 'depths': [1, 1, 1, 1]}).state_dict(), path)
+    model = ResT(TINY, init_cfg=dict(type='Pretrained', checkpoint=str(path)))
+    with pytest.raises(ValueError, match=r'stage2\.1'):
+        model.init_weights()
