@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 # Config.fromfile in a process that has not imported mmrest.
 READ = """
@@ -61,6 +62,22 @@ def test_wheel_carries_the_whole_package_and_nothing_else(wheel, repo):
     assert rest == package | {'mmrest-config-scope.pth'}
 
 
+def test_model_index_names_files_of_the_wheel(wheel):
+    files = names(wheel)
+    with zipfile.ZipFile(wheel) as archive:
+
+        def read(name):
+            return yaml.safe_load(archive.read(f'mmrest/.mim/{name}'))
+
+        models = [
+            model
+            for metafile in read('model-index.yml')['Import']
+            for model in read(metafile)['Models']
+        ]
+    assert models
+    assert {f'mmrest/.mim/{model["Config"]}' for model in models} <= files
+
+
 def test_scripts_stay_executable(wheel):
     with zipfile.ZipFile(wheel) as archive:
         scripts = [info for info in archive.infolist() if info.filename.endswith('.sh')]
@@ -98,6 +115,16 @@ def test_installed_scope_works_and_leaves_nothing_behind(hook, build, scratch, p
     assert after - before == set()
     result = scratch.run('-c', READ, cwd=project, check=False)
     assert 'mmrest' in result.stderr  # MMEngine's own error again
+
+
+def test_mmengine_hub_finds_the_configs_of_a_wheel(wheel, scratch, tmp_path):
+    scratch.pip('install', '--no-deps', '--no-index', str(wheel))
+    code = (
+        'from mmengine.hub import get_config; '
+        "print(get_config('mmrest::retinanet/rest_lite_fpn_1x.py').model.type)"
+    )
+    result = scratch.run('-W', 'ignore', '-c', code, cwd=tmp_path)
+    assert result.stdout.split() == ['RetinaNet']
 
 
 @pytest.mark.parametrize('damage', ['no package', 'broken file', 'no mmengine'])
