@@ -72,11 +72,11 @@ def _leaves(dataset, where):
 
 def _describe(where, cfg) -> Optional[CocoDataset]:
     kind = _find_class(cfg)
+    if not _reads_coco(kind):
+        return None
     root = cfg.get('data_root') or ''
     ann_file = cfg.get('ann_file') or ''
-    prefix = cfg.get('data_prefix', {}).get('img', '')
-    remote = cfg.get('backend_args') or '://' in root + ann_file
-    if not _reads_coco(kind) or not ann_file or remote:
+    if not ann_file or cfg.get('backend_args') or '://' in root + ann_file:
         return None
     masks = [
         step
@@ -87,7 +87,7 @@ def _describe(where, cfg) -> Optional[CocoDataset]:
         where=where,
         ann_file=_join(root, ann_file),
         data_root=root,
-        image_folder=_join(root, prefix),
+        image_folder=_join(root, cfg.get('data_prefix', {}).get('img', '')),
         classes=_classes(kind, cfg),
         test_mode=cfg.get('test_mode', False),
         min_size=(cfg.get('filter_cfg') or {}).get('min_size', 0),

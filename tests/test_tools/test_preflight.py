@@ -255,6 +255,19 @@ def test_test_sets_need_no_annotations(cfg, dataset):
     check_config(cfg, 'test')
 
 
+@pytest.mark.parametrize(
+    ('scope', 'dataset'),
+    [
+        ('mmseg', dict(type='ADE20KDataset', data_prefix=dict(img_path='none'))),
+        ('mmpretrain', dict(type='ImageNet', data_root='none', data_prefix='train')),
+        ('mmdet', dict(type='CocoDataset', ann_file='s3://bucket/train.json')),
+    ],
+)
+def test_other_formats_and_storage_are_passed_over(scope, dataset):
+    loader = dict(dataset=dataset)
+    check_config(Config(dict(default_scope=scope, train_dataloader=loader)))
+
+
 @pytest.mark.slow
 def test_as_many_images_as_coco_take_seconds(cfg, dataset):
     """118,000 images, and 860,000 objects as COCO's train2017 has."""

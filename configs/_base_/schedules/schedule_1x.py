@@ -8,6 +8,8 @@
 # Rate:   1e-4 for 16 images. For another batch `--auto-scale-lr` multiplies it by
 #         (GPUs x images a GPU) / 16, e.g. 1 GPU x 2 images: 1e-4 x 2/16 = 1.25e-5;
 #         multiply the iterations by 16 / batch as well to see as many images.
+# Resume: MMEngine first draws the batches of all past iterations again, as fast as
+#         the workers load them, so that the order of the data goes on unchanged.
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=90000, val_interval=10000)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
