@@ -9,8 +9,10 @@ against golden arrays of its own.
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from pycocotools import mask as mask_utils
 from torch import Tensor
 from torchvision.ops import batched_nms, box_iou, roi_align
 
@@ -134,7 +136,13 @@ def retinanet_anchors(levels):
     return grid_anchors(levels, [2 ** (i / 3) for i in range(3)])
 
 
-def retinanet_inference(levels, sd, size, clip_first=False):
+def rescale(boxes, size, output_size):
+    """Boxes on an image of ``size`` (h, w) to boxes on one of ``output_size``."""
+    ratio = torch.tensor([output_size[1] / size[1], output_size[0] / size[0]])
+    return clip(boxes * ratio.repeat(2), *output_size)
+
+
+def retinanet_inference(levels, sd, size, output_size=None):
     """Boxes, scores and labels. The boxes are clipped after the NMS."""
     logits, deltas = retinanet_head(levels, sd)
     boxes, scores, labels = [], [], []
@@ -145,12 +153,13 @@ def retinanet_inference(levels, sd, size, clip_first=False):
         kept, score = kept[order[:1000]], score[:1000]
         where = torch.div(kept, logit.shape[1], rounding_mode='floor')
         box = decode(anchor[where], delta[where])[:, 0]
-        boxes.append(clip(box, *size) if clip_first else box)
+        boxes.append(box)
         scores.append(score)
         labels.append(kept % logit.shape[1])
     boxes, scores, labels = torch.cat(boxes), torch.cat(scores), torch.cat(labels)
     keep = batched_nms(boxes, scores, labels, 0.5)[:100]
-    boxes, scores, labels = clip(boxes[keep], *size), scores[keep], labels[keep]
+    scores, labels = scores[keep], labels[keep]
+    boxes = rescale(boxes[keep], size, output_size or size)
     keep = non_empty(boxes)
     return {'boxes': boxes[keep], 'scores': scores[keep], 'labels': labels[keep]}
 
@@ -245,8 +254,7 @@ def mask_rcnn_inference(levels, sd, size, output_size=None):
     boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
     masks = mask_head(levels, sd, boxes)[torch.arange(len(keep)), labels].sigmoid()
     height, width = output_size or size
-    ratio = torch.tensor([width / size[1], height / size[0]]).repeat(2)
-    boxes = clip(boxes * ratio, height, width)
+    boxes = rescale(boxes, size, (height, width))
     keep = non_empty(boxes)
     boxes, scores, labels, masks = (t[keep] for t in (boxes, scores, labels, masks))
     pasted = [paste(m, b, height, width) for m, b in zip(masks, boxes)]
@@ -339,3 +347,15 @@ def mask_loss(levels, sd, rois, labels, targets):
     """Mask loss over positive proposals and their (N, 28, 28) targets."""
     logits = mask_head(levels, sd, rois)[torch.arange(len(rois)), labels]
     return F.binary_cross_entropy_with_logits(logits, targets)
+
+
+def rasterize(polygon, box, side=28):
+    """Target of the mask head: the polygon on a grid over the box."""
+    # single precision as NumPy has it: the rasterizer feels the last digit
+    box = box.numpy()
+    points = np.array(polygon, dtype=np.float64)
+    for axis in (0, 1):
+        scale = side / max(box[axis + 2] - box[axis], 0.1)
+        points[axis::2] = (points[axis::2] - box[axis]) * scale
+    rle = mask_utils.frPyObjects([points.tolist()], side, side)
+    return torch.from_numpy(mask_utils.decode(rle)[..., 0]).float()

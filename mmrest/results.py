@@ -1,0 +1,168 @@
+"""Expected figures: where they stand, and whether measured ones agree.
+
+The model index (``model-index.yml`` and a ``metafile.yml`` per config folder) holds
+the published figures; a config may hold its own, in ``expected_results``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from mmengine.config import Config
+from mmengine.fileio import load
+
+from .config_scope import config_root
+
+# What CocoMetric calls the figures of the index; it gives them in 0..1.
+METRICS = {'box AP': 'coco/bbox_mAP', 'mask AP': 'coco/segm_mAP'}
+# Room for the rounding of decimal numbers.
+SLACK = 1e-6
+
+
+class ResultsError(ValueError):
+    """Expected figures are missing or cannot be compared."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a checkpoint of a config should reach.
+
+    Attributes:
+        metrics (dict[str, float]): AP in percent by name, e.g. ``'box AP'``.
+        tolerance (float): largest difference in percent.
+        kind (str): what kind of figure it is and from where.
+    """
+
+    metrics: dict[str, float]
+    tolerance: float
+    kind: str
+
+
+def read_index(root: Optional[Path] = None) -> list[dict[str, Any]]:
+    """Read the models of the index.
+
+    Args:
+        root (Path, optional): folder of ``model-index.yml``. Defaults to that of
+            the installed package or the checkout.
+
+    Returns:
+        list[dict]: the entries under ``Models`` of every imported file.
+    """
+    root = Path(root or config_root().parent)
+    models = []
+    for name in load(root / 'model-index.yml')['Import']:
+        models += load(root / name)['Models']
+    return models
+
+
+def _metrics(model: Mapping[str, Any]) -> dict[str, float]:
+    found = {}
+    for result in model['Results']:
+        found.update(result['Metrics'])
+    return found
+
+
+def expected(cfg: Config, name: str, root: Optional[Path] = None) -> Expected:
+    """Find the expected figures of a config.
+
+    Args:
+        cfg (Config): the config; its ``expected_results``, a dict with
+            ``metrics``, ``tolerance`` and ``kind``, comes before the index.
+        name (str): the config's path, which the index is searched for.
+        root (Path, optional): as in :func:`read_index`.
+
+    Returns:
+        Expected: the figures.
+
+    Raises:
+        ResultsError: If there are none, or they are incomplete.
+    """
+    own = cfg.get('expected_results')
+    if own is not None:
+        missing = [key for key in ('metrics', 'tolerance', 'kind') if key not in own]
+        unknown = [key for key in own.get('metrics', {}) if key not in METRICS]
+        if missing or unknown or not own['metrics']:
+            raise ResultsError(
+                'expected_results of the config takes metrics (AP in percent by '
+                f'{" or ".join(METRICS)}), tolerance and kind; missing: {missing}, '
+                f'unknown metrics: {unknown}'
+            )
+        return Expected(dict(own.metrics), own.tolerance, f'{own.kind} (the config)')
+    path = Path(name.replace('mmrest::', 'configs/')).parts[-2:]
+    for model in read_index(root):
+        if Path(model['Config']).parts[-2:] == path:
+            meta = model['Metadata']
+            kind = (
+                f'{meta["Figures"]} figures, for {meta["Weights To Check"]} weights '
+                '(the model index)'
+            )
+            return Expected(_metrics(model), meta['Tolerance (AP)'], kind)
+    raise ResultsError(
+        f'no expected figures for {name}: neither does the config have '
+        'expected_results, nor does the model index list it'
+    )
+
+
+def compare(measured: Mapping[str, float], figures: Expected) -> tuple[bool, str]:
+    """Compare metrics of CocoMetric with expected figures.
+
+    Args:
+        measured (dict[str, float]): what ``Runner.test`` returned.
+        figures (Expected): what to compare with.
+
+    Returns:
+        tuple[bool, str]: whether all agree, and a line for each figure.
+
+    Raises:
+        ResultsError: If a figure was not measured.
+    """
+    agree, lines = True, [f'compared with {figures.kind}']
+    for name, wanted in figures.metrics.items():
+        if METRICS[name] not in measured:
+            raise ResultsError(
+                f'{name} was not measured: the evaluation gave '
+                f'{", ".join(sorted(measured)) or "nothing"}, not {METRICS[name]}'
+            )
+        found = 100 * measured[METRICS[name]]
+        inside = abs(found - wanted) <= figures.tolerance + SLACK
+        agree &= inside
+        lines.append(
+            f'{name}: {found:.1f}, expected {wanted:.1f} +- {figures.tolerance:g}: '
+            + ('agrees' if inside else 'DIFFERS')
+        )
+    return agree, '\n'.join(lines)
+
+
+def render_table(root: Optional[Path] = None) -> str:
+    """Write the models of the index as a Markdown table, for the README.
+
+    Args:
+        root (Path, optional): as in :func:`read_index`.
+
+    Returns:
+        str: the table, without a line break at the end.
+    """
+    lines = [
+        '| config | published box AP | published mask AP | parameters '
+        '| FLOPs at 800x1333 | expected of |',
+        '|---|---|---|---|---|---|',
+    ]
+    for model in read_index(root):
+        meta, metrics = model['Metadata'], _metrics(model)
+        name = Path(model['Config'])
+        lines.append(
+            '| [{}/{}]({}) | {} | {} | {:.1f} M | {:.0f} G | {} |'.format(
+                name.parent.name,
+                name.stem,
+                model['Config'],
+                metrics.get('box AP', '-'),
+                metrics.get('mask AP', '-'),
+                meta['Parameters'] / 1e6,
+                meta['FLOPs'] / 1e9,
+                '{} weights, within {}'.format(
+                    meta['Weights To Check'], meta['Tolerance (AP)']
+                ),
+            )
+        )
+    return '\n'.join(lines)

@@ -1,0 +1,89 @@
+"""Model index, configs, README and counted figures agree."""
+
+import re
+
+import pytest
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+
+from mmrest.complexity import complexity
+from mmrest.results import read_index, render_table
+
+# As published: box AP, mask AP, and the parameters of the published models.
+PUBLISHED = {
+    'retinanet_rest_small': (40.3, None, 23401064),
+    'retinanet_rest_base': (42.0, None, 40497304),
+    'mask_rcnn_rest_small': (39.6, 37.2, 33318628),
+    'mask_rcnn_rest_base': (41.6, 38.7, 49833300),
+}
+
+
+@pytest.fixture(scope='module')
+def models(repo):
+    return read_index(repo)
+
+
+def test_every_model_is_complete(models, repo):
+    names = [model['Name'] for model in models]
+    assert len(set(names)) == len(names) == 8
+    for model in models:
+        config = repo / model['Config']
+        assert config.is_file()
+        assert model['Name'] == f'{config.parent.name}_{config.stem}'
+        box, mask, parameters = PUBLISHED[model['Name'].split('_fpn')[0]]
+        assert model['Metadata']['Parameters'] == parameters
+        results = {r['Task']: r['Metrics'] for r in model['Results']}
+        assert results.pop('Object Detection') == {'box AP': box}
+        if mask is not None:
+            assert results.pop('Instance Segmentation') == {'mask AP': mask}
+        assert not results
+        converted = config.stem.endswith('_published')
+        meta = model['Metadata']
+        assert meta['Weights To Check'] == ('converted' if converted else 'retrained')
+        assert meta['Tolerance (AP)'] == (0.1 if converted else 1.0)
+        assert meta['Iterations'] == Config.fromfile(config).train_cfg.max_iters
+
+
+def test_every_config_with_published_figures_is_listed(models, repo):
+    listed = {repo / model['Config'] for model in models}
+    for kind in ('mask_rcnn', 'retinanet'):
+        expected = set()
+        for arch in ('small', 'base'):
+            expected.update((repo / 'configs' / kind).glob(f'rest_{arch}_fpn_1x*.py'))
+        assert {path for path in listed if path.parent.name == kind} == expected
+
+
+@pytest.mark.parametrize('name', list(PUBLISHED))
+def test_parameters_are_those_of_the_config(name, models, repo):
+    from mmdet.registry import MODELS
+
+    for model in models:
+        if model['Name'].startswith(name):
+            cfg = Config.fromfile(repo / model['Config'])
+            init_default_scope('mmdet')
+            built = MODELS.build(cfg.model)
+            count = sum(p.numel() for p in built.parameters())
+            assert count == model['Metadata']['Parameters']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', list(PUBLISHED))
+def test_flops_are_those_of_the_config(name, models, repo):
+    from mmdet.registry import MODELS
+
+    init_default_scope('mmdet')
+    entries = [m for m in models if m['Name'].startswith(name)]
+    cfg = Config.fromfile(repo / entries[0]['Config'])
+    counted = complexity(MODELS.build(cfg.model), (800, 1333)).flops['total']
+    for entry in entries:
+        assert entry['Metadata']['FLOPs'] == pytest.approx(counted, rel=1e-3)
+
+
+def test_readme_shows_the_index(repo):
+    text = (repo / 'README.md').read_text(encoding='utf-8')
+    tables = re.findall(
+        r'<!-- results:begin -->\n(.*?)\n<!-- results:end -->', text, re.DOTALL
+    )
+    assert tables == [render_table(repo)], (
+        'run python tools/analysis_tools/render_results.py README.md'
+    )
