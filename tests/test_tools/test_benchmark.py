@@ -121,6 +121,7 @@ def test_measures_in_processes(run, tmp_path, train):
     assert [ratio['than'] for ratio in result['ratios']][0] == 'ResT-lite dense'
 
 
+@pytest.mark.slow
 def test_sweep_goes_on_without_what_failed(run, tmp_path):
     """The dense maps do not fit into the limit at the second size of three."""
     output = run(

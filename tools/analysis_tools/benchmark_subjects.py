@@ -1,0 +1,173 @@
+"""What the benchmark can measure: ResT, backbones of MMDetection, a product."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+from typing import NamedTuple, Optional
+
+import torch
+from torch import nn
+
+Shape = tuple[int, int]
+
+# The backbones of these configs of MMDetection, with random weights.
+PEERS = {
+    'PVT-Tiny': 'pvt/retinanet_pvt-t_fpn_1x_coco.py',
+    'PVT-Small': 'pvt/retinanet_pvt-s_fpn_1x_coco.py',
+    'Swin-T': 'swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py',
+    'Swin-S': 'swin/mask-rcnn_swin-s-p4-w7_fpn_amp-ms-crop-3x_coco.py',
+    'ResNet-50': 'retinanet/retinanet_r50_fpn_1x_coco.py',
+    'ResNet-101': 'retinanet/retinanet_r101_fpn_1x_coco.py',
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One row of the table.
+
+    Attributes:
+        name (str): what the table calls it, without the dtype.
+        dtype (str): 'float32', or a type that autocast (for a product: the
+            matrices) takes.
+        arch (str, optional): a ResT of this arch, with the three fields below.
+        attn_impl (str): as in :class:`mmrest.ResT`.
+        with_cp (bool): likewise.
+        compile (bool): whether the model goes through ``torch.compile``.
+        peer (str, optional): a key of ``PEERS``.
+        matmul (int): side of square matrices that are multiplied.
+    """
+
+    name: str
+    dtype: str = 'float32'
+    arch: Optional[str] = None
+    attn_impl: str = 'auto'
+    with_cp: bool = False
+    compile: bool = False
+    peer: Optional[str] = None
+    matmul: int = 0
+
+    def macs(self, shape: Shape) -> Optional[int]:
+        """Multiply-accumulates of one image's forward pass, where known."""
+        if self.matmul:
+            return self.matmul**3
+        return sum(rest_macs(self.arch, shape)) if self.arch else None
+
+
+class Macs(NamedTuple):
+    """Multiply-accumulates, by how they grow with the area A of the image."""
+
+    linear: int  # convolutions and linear layers: in proportion to A
+    quadratic: int  # products of queries, keys and values, and of heads: to A^2
+
+
+def rest_macs(arch: str, shape: Shape) -> Macs:
+    """Count ResT's forward pass of one image, output norms left out.
+
+    The products of the attention are counted as the definition has them: with a
+    map of N x M entries for each of h heads, q k^T and the product with v take
+    N M C each, and the 1x1 convolution over the heads h^2 N M.
+
+    Args:
+        arch (str | dict): as in :class:`mmrest.ResT`.
+        shape (tuple[int, int]): height and width of the image.
+    """
+    from mmrest.models.arch import resolve_arch
+
+    sizes = resolve_arch(arch)
+    height, width = (ceil(side / 2) for side in shape)
+    dim = sizes.embed_dims[0]
+    mid = dim // 2
+    # the stem's first two convolutions; its last is the entry of stage 1
+    linear = height * width * 9 * (3 * mid + mid * mid)
+    quadratic = 0
+    dims_in = (mid, *sizes.embed_dims)
+    stages = zip(dims_in, *sizes)
+    for dim_in, dim, heads, depth, reduction, mlp_ratio in stages:
+        height, width = ceil(height / 2), ceil(width / 2)
+        queries = height * width
+        keys = ceil(height / reduction) * ceil(width / reduction)
+        linear += queries * 9 * (dim_in * dim + dim)
+        reduce = keys * (reduction + 1) ** 2 * dim if reduction > 1 else 0
+        projections = 2 * (queries + keys) * dim**2
+        mlp = 2 * queries * dim * int(dim * mlp_ratio)
+        linear += depth * (reduce + projections + mlp)
+        mixing = heads**2 if heads > 1 else 0
+        quadratic += depth * queries * keys * (2 * dim + mixing)
+    return Macs(linear, quadratic)
+
+
+def list_subjects(
+    archs: list[str],
+    dtypes: list[str],
+    with_cp: bool = False,
+    compile: bool = False,
+    peers: bool = False,
+    matmul: int = 0,
+) -> list[Subject]:
+    """The rows that the options of the command line ask for."""
+    return [
+        subject
+        for dtype in dtypes
+        for subject in _of_one_dtype(archs, dtype, with_cp, compile, peers, matmul)
+    ]
+
+
+def _of_one_dtype(
+    archs: list[str],
+    dtype: str,
+    with_cp: bool,
+    compile: bool,
+    peers: bool,
+    matmul: int,
+) -> Iterator[Subject]:
+    for arch in archs:
+        name = f'ResT-{arch}'
+        yield Subject(f'{name} dense', dtype, arch, attn_impl='dense')
+        yield Subject(f'{name} auto', dtype, arch)
+        if with_cp:
+            yield Subject(f'{name} auto, with_cp', dtype, arch, with_cp=True)
+        if compile:
+            yield Subject(f'{name} auto, compiled', dtype, arch, compile=True)
+    if peers:
+        for name in PEERS:
+            yield Subject(name, dtype, peer=name)
+    if matmul:
+        yield Subject(f'{matmul}x{matmul} product', dtype, matmul=matmul)
+
+
+def build_model(subject: Subject) -> nn.Module:
+    """Build the backbone of a subject, with weights drawn at random."""
+    torch.manual_seed(0)
+    if subject.arch:
+        from mmrest import ResT
+
+        model = ResT(
+            arch=subject.arch, attn_impl=subject.attn_impl, with_cp=subject.with_cp
+        )
+    else:
+        model = _build_peer(PEERS[subject.peer])
+    _init_quietly(model)
+    return model
+
+
+def _init_quietly(model: nn.Module) -> None:
+    """Draw the weights without MMEngine's lines about each of them."""
+    from mmengine.logging import MMLogger
+
+    MMLogger.get_current_instance().setLevel(logging.ERROR)
+    model.init_weights()
+
+
+def _build_peer(config: str) -> nn.Module:
+    from mmdet.registry import MODELS
+    from mmengine.hub import get_config
+    from mmengine.registry import init_default_scope
+
+    init_default_scope('mmdet')
+    cfg = get_config(f'mmdet::{config}').model.backbone
+    cfg.pop('init_cfg', None)
+    if cfg.type == 'ResNet':
+        # the other backbones train all of their layers
+        cfg.update(frozen_stages=-1, norm_eval=False)
+    return MODELS.build(cfg)

@@ -1,0 +1,260 @@
+"""One subject in a process of its own: its memory once, its time when asked."""
+
+import ctypes
+import gc
+import multiprocessing
+import signal
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from benchmark_subjects import Shape, Subject, build_model
+
+GIB = 2**30
+# Loads the libraries and starts the threads before memory is measured.
+SMALL_SHAPE = (64, 96)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for every subject of a run.
+
+    Attributes:
+        batch (int): images of a step.
+        train (bool): whether a step is forward and backward, in training mode.
+        device (str): device of model and images.
+        threads (int, optional): PyTorch's threads; its own choice by default.
+        warmup (int): steps between the first one and the measured ones.
+        memory_limit (float, optional): GiB that the process (on a CPU) or
+            PyTorch's allocator (elsewhere) may hold.
+    """
+
+    batch: int = 1
+    train: bool = False
+    device: str = 'cpu'
+    threads: Optional[int] = None
+    warmup: int = 1
+    memory_limit: Optional[float] = None
+
+
+class SubjectFailed(Exception):
+    """A subject cannot be measured; the message is the reason."""
+
+
+class Worker:
+    """The parent's handle on the process of one subject.
+
+    Raises:
+        SubjectFailed: from every method, if the process reports an error or dies.
+    """
+
+    def __init__(self, subject: Subject, shape: Shape, settings: Settings) -> None:
+        context = multiprocessing.get_context('spawn')
+        self.connection, other_end = context.Pipe()
+        self.process = context.Process(
+            target=_serve, args=(other_end, subject, shape, settings), daemon=True
+        )
+        self.process.start()
+        # so that the death of the process ends recv()
+        other_end.close()
+
+    def peak_memory(self) -> Optional[int]:
+        """Wait for the first step; bytes at its peak above those before it."""
+        return self._receive()
+
+    def time_step(self) -> float:
+        """Seconds of one more step."""
+        self.connection.send('step')
+        return self._receive()
+
+    def stop(self) -> None:
+        """End the process."""
+        self.connection.close()
+        self.process.join(timeout=10)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+    def _receive(self) -> Any:
+        try:
+            kind, value = self.connection.recv()
+        except (EOFError, ConnectionError):
+            self.process.join()
+            raise SubjectFailed(_death(self.process.exitcode)) from None
+        if kind == 'failed':
+            raise SubjectFailed(value)
+        return value
+
+
+def _death(exitcode: int) -> str:
+    if exitcode == -signal.SIGKILL:
+        return 'killed, probably out of memory'
+    if exitcode < 0:
+        return f'died of {signal.Signals(-exitcode).name}'
+    return f'ended with exit status {exitcode}'
+
+
+def _serve(
+    connection: Connection, subject: Subject, shape: Shape, settings: Settings
+) -> None:
+    warnings.simplefilter('ignore')
+    try:
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        step = _make_step(subject, settings)
+        # a compiled model is one for each shape: compile before memory is measured
+        step(shape if subject.compile else SMALL_SHAPE)
+        _limit_memory(settings)
+        connection.send(('memory', _peak_memory(lambda: step(shape), settings.device)))
+        for _ in range(settings.warmup):
+            step(shape)
+        while connection.recv() == 'step':
+            connection.send(('time', step(shape)))
+    except EOFError:  # the parent has what it wants
+        return
+    except Exception as error:
+        connection.send(('failed', _reason(error)))
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    signs = ("can't allocate memory", 'out of memory', 'bad_alloc', 'bad alloc')
+    if isinstance(error, MemoryError) or any(s in text.lower() for s in signs):
+        return 'out of memory'
+    line = next(iter(text.strip().splitlines()), '')
+    return f'{type(error).__name__}: {line}'
+
+
+def _make_step(subject: Subject, settings: Settings) -> Callable[[Shape], float]:
+    """A function that runs one step at a shape and returns its seconds."""
+    device = torch.device(settings.device)
+    run = _product(subject, device) if subject.matmul else None
+    run = run or _backbone(subject, settings, device)
+    images = {}
+
+    def step(shape: Shape) -> float:
+        if shape not in images and not subject.matmul:
+            images[shape] = torch.randn(settings.batch, 3, *shape, device=device)
+        image = images.get(shape)
+        _synchronize(device)
+        start = time.perf_counter()
+        run(image)
+        _synchronize(device)
+        return time.perf_counter() - start
+
+    return step
+
+
+def _product(subject: Subject, device: torch.device) -> Callable:
+    dtype = getattr(torch, subject.dtype)
+    a, b = (torch.randn(subject.matmul, subject.matmul, device=device) for _ in 'ab')
+    a, b = a.to(dtype), b.to(dtype)
+    out = torch.empty_like(a)
+    return lambda _: torch.mm(a, b, out=out)
+
+
+def _backbone(subject: Subject, settings: Settings, device: torch.device) -> Callable:
+    model = build_model(subject).to(device).train(settings.train)
+    call = torch.compile(model, dynamic=False) if subject.compile else model
+    grads = {}
+
+    def autocast() -> Any:
+        if subject.dtype == 'float32':
+            return nullcontext()
+        return torch.autocast(device.type, getattr(torch, subject.dtype))
+
+    def forward(image: torch.Tensor) -> None:
+        with torch.no_grad(), autocast():
+            call(image)
+
+    def forward_backward(image: torch.Tensor) -> None:
+        with autocast():
+            outs = call(image)
+        if image.shape not in grads:
+            # at random: a loss such as the sum has no gradient before a LayerNorm
+            grads[image.shape] = [torch.randn_like(out) for out in outs]
+        torch.autograd.backward(outs, grads[image.shape])
+        model.zero_grad(set_to_none=True)
+
+    return forward_backward if settings.train else forward
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+
+
+def _peak_memory(run: Callable, device: str) -> Optional[int]:
+    """Bytes that ``run`` takes at its peak; None where the system cannot tell."""
+    gc.collect()
+    if torch.device(device).type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    before = _status('VmRSS')
+    if before is None:
+        run()
+        return None
+    _trim_heap()
+    before = _status('VmRSS')
+    # 5 sets the peak (VmHWM) back to the present
+    Path('/proc/self/clear_refs').write_text('5')
+    run()
+    return max(0, _status('VmHWM') - before)
+
+
+def _status(field: str) -> Optional[int]:
+    """A field of Linux's /proc/self/status, in bytes."""
+    status = Path('/proc/self/status')
+    if not status.exists():
+        return None
+    lines = status.read_text().splitlines()
+    line = next(line for line in lines if line.startswith(f'{field}:'))
+    return int(line.split()[1]) * 1024
+
+
+def _trim_heap() -> None:
+    """Hand free memory back, where the C library (glibc) can."""
+    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
+    if trim is not None:
+        trim(0)
+
+
+def _limit_memory(settings: Settings) -> None:
+    """Let allocations fail, rather than the machine, beyond the limit."""
+    limit = settings.memory_limit
+    device = torch.device(settings.device)
+    if device.type == 'cuda':
+        if limit is not None:
+            total = torch.cuda.get_device_properties(device).total_memory
+            share = min(1.0, limit * GIB / total)
+            torch.cuda.set_per_process_memory_fraction(share, device)
+        return
+    resident = _status('VmRSS')
+    if resident is None:
+        return
+    import resource
+
+    free = _available()
+    if limit is not None:
+        free = min(free, int(limit * GIB) - resident)
+    # address space counts libraries too, so the limit is on what comes on top
+    soft = _status('VmSize') + max(0, free)
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    if hard != resource.RLIM_INFINITY:
+        soft = min(soft, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _available() -> int:
+    """Bytes of memory that the machine has free."""
+    lines = Path('/proc/meminfo').read_text().splitlines()
+    line = next(line for line in lines if line.startswith('MemAvailable:'))
+    return int(line.split()[1]) * 1024
