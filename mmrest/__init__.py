@@ -7,17 +7,21 @@ import sys
 
 from .version import __version__
 
-# `python -m mmrest.doctor` must run where the imports below fail.
-_DOCTOR = 'mmrest.doctor'
+# `python -m mmrest.doctor` must run where the imports below fail. While the package
+# of a `-m` module is imported, Python 3.9 shows no more than the `-m`.
+_for_doctor = 'mmrest.doctor' in getattr(sys, 'orig_argv', sys.argv) or (
+    not hasattr(sys, 'orig_argv') and sys.argv[:1] == ['-m']
+)
 
-if _DOCTOR in getattr(sys, 'orig_argv', ()):
-    __all__ = ['__version__']
-else:
+__all__ = ['__version__']
+
+if not _for_doctor:
     try:
         from .checkpoint import allow_mmengine_checkpoints
         from .config_scope import register_config_scope
         from .models import ResT
-    except ImportError as error:
+    # ImportError: missing; AssertionError: a version gate; ValueError: numpy's ABI
+    except (ImportError, AssertionError, ValueError) as error:
         raise ImportError(
             f'mmrest cannot be imported: {error}. It needs torch, mmengine and mmcv, '
             'in versions that fit one another; `python -m mmrest.doctor` says what is '
@@ -25,4 +29,4 @@ else:
         ) from error
     register_config_scope()
     allow_mmengine_checkpoints()
-    __all__ = ['ResT', '__version__']
+    __all__ += ['ResT']
