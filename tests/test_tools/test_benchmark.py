@@ -149,7 +149,8 @@ def test_sweep_goes_on_without_what_failed(run, tmp_path):
 def test_peers_are_trained_whole(peer):
     from benchmark_subjects import Subject, build_model
 
-    model = build_model(Subject(peer, peer=peer)).train()
+    model = build_model(Subject(peer, peer=peer))
+    model.train()
     assert [out.shape[-1] for out in model(torch.zeros(1, 3, 64, 96))] == [24, 12, 6, 3]
     assert all(parameter.requires_grad for parameter in model.parameters())
 

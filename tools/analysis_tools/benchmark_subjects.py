@@ -155,8 +155,11 @@ def _init_quietly(model: nn.Module) -> None:
     """Draw the weights without MMEngine's lines about each of them."""
     from mmengine.logging import MMLogger
 
-    MMLogger.get_current_instance().setLevel(logging.ERROR)
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     model.init_weights()
+    logger.setLevel(level)
 
 
 def _build_peer(config: str) -> nn.Module:

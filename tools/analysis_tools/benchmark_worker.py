@@ -160,7 +160,8 @@ def _product(subject: Subject, device: torch.device) -> Callable:
 
 
 def _backbone(subject: Subject, settings: Settings, device: torch.device) -> Callable:
-    model = build_model(subject).to(device).train(settings.train)
+    model = build_model(subject).to(device)
+    model.train(settings.train)  # MMDetection's return nothing here
     call = torch.compile(model, dynamic=False) if subject.compile else model
     grads = {}
 
