@@ -204,8 +204,8 @@ def _check(
 ) -> None:
     """Raise an error that lists whatever does not fit ``expected``."""
     problems = []
-    missing = [name for name in expected if name not in state_dict]
-    missing = [name for name in missing if name not in set(optional)]
+    present = {*state_dict, *optional}
+    missing = [name for name in expected if name not in present]
     unmapped = [name for name in state_dict if name not in expected]
     shapes, broken = [], []
     for name, tensor in state_dict.items():

@@ -233,7 +233,7 @@ def publish(src: PathLike, dst: PathLike, force: bool = False) -> Path:
             f'{src} has no state_dict, so it is no checkpoint of mmengine; found '
             f'{", ".join(map(str, list(checkpoint)[:5]))}'
         )
-    dst = check_destination(dst, src, force=True)
+    dst = check_destination(dst, force=True)  # this name is not written itself
     kept = {key: checkpoint[key] for key in PUBLISHED_KEYS if key in checkpoint}
     unnamed = dst.with_name(f'.{dst.name}.{os.getpid()}.unnamed')
     try:
