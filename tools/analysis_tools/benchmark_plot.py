@@ -38,7 +38,7 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
 
 def _draw_panel(result: dict[str, Any], path: Path, title: str, value: Any) -> Path:
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import NullLocator
 
     points, ends = defaultdict(list), {}
     shapes = {}
@@ -49,7 +49,7 @@ def _draw_panel(result: dict[str, Any], path: Path, title: str, value: Any) -> P
         shapes[height * width] = f'{height}x{width}'
         key = (row['name'], row['dtype'])
         if row['failure']:
-            ends[key] = row['failure']
+            ends[key] = f'{row["failure"]} at {height}x{width}'
         elif value(row) is not None:
             points[key].append((height * width, value(row)))
     several = len({dtype for _, dtype in points}) > 1
@@ -64,7 +64,7 @@ def _draw_panel(result: dict[str, Any], path: Path, title: str, value: Any) -> P
         axes.plot(areas, values, style, label=label, lw=2.5 if style == '-o' else 1.5)
     axes.set(xscale='log', yscale='log', xlabel='Image', title=title)
     axes.set_xticks(list(shapes), list(shapes.values()), rotation=30)
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(which='both', alpha=0.25)
     if points:
         axes.legend(fontsize='small')
