@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -144,11 +145,17 @@ def config(tmp_path_factory) -> Path:
     return path
 
 
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return str(probe.getsockname()[1])
+
+
 @pytest.fixture(scope='session')
 def run(repo):
     """Run a tool as a process; the output of both streams comes back."""
 
-    def run_tool(tool, *args, cwd, fails=False, **environment):
+    def run_tool(tool, *args, cwd, fails=False):
         command = [str(repo / 'tools' / tool), *map(str, args)]
         if tool.endswith('.py'):
             command.insert(0, sys.executable)
@@ -158,7 +165,7 @@ def run(repo):
             PYTHONPATH=str(repo),
             OMP_NUM_THREADS='1',
             CUDA_VISIBLE_DEVICES='',
-            **environment,
+            PORT=free_port(),  # two test runs may share the machine
         )
         done = subprocess.run(
             command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=600

@@ -73,7 +73,6 @@ def test_two_processes_give_exactly_the_results_of_one(
         '--out',
         tmp_path / 'results.json',
         cwd=tmp_path,
-        PORT='29612',
     )
     assert 'Iter(test) [3/3]' in output  # five images on two processes
     one, two = metrics(tested[0] / 'run'), metrics(tmp_path / 'run')

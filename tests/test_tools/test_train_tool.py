@@ -60,7 +60,6 @@ def test_dist_train_without_gpus(run, config, tmp_path):
         *options,
         'val_evaluator=None',
         cwd=tmp_path,
-        PORT='29611',
     )
     assert iterations(output) == [1, 2]
     assert 'current batch size is 4' in output  # 2 processes x 2 images
