@@ -135,36 +135,3 @@ def test_memory_does_not_grow_with_the_maps(backward):
 
     assert peak('dense') > map_bytes
     assert peak('tiled') < map_bytes / 4
-
-
-@pytest.mark.parametrize('grad', [False, True])
-@pytest.mark.parametrize('tokens', [1, 700])
-def test_mlp_is_the_plain_formula(monkeypatch, tokens, grad):
-    monkeypatch.setattr('mmrest.ops.mlp.CHUNK_BYTES', 10_000)
-    mlp = Mlp(6, 24).double()
-    x = torch.randn(2, tokens, 6, dtype=torch.float64, requires_grad=True)
-    plain = mlp.fc2(nn.functional.gelu(mlp.fc1(x)))
-    with torch.set_grad_enabled(grad):
-        out = mlp(x)
-    torch.testing.assert_close(out, plain)
-    if grad:
-        leaves = (x, *mlp.parameters())
-        weights = torch.randn_like(out)
-        expected = torch.autograd.grad(plain, leaves, weights)
-        for found, wanted in zip(torch.autograd.grad(out, leaves, weights), expected):
-            torch.testing.assert_close(found, wanted)
-
-
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
-def test_mlp_under_autocast(dtype):
-    mlp = Mlp(6, 24)
-    x = torch.randn(2, 50, 6, requires_grad=True)
-    mlp(x).sum().backward()
-    exact = {name: p.grad.clone() for name, p in mlp.named_parameters()}
-    mlp.zero_grad()
-    with torch.autocast('cpu', dtype):
-        out = mlp(x)
-    out.sum().backward()
-    for name, parameter in mlp.named_parameters():
-        assert parameter.grad.dtype == torch.float32
-        torch.testing.assert_close(parameter.grad, exact[name], rtol=0.05, atol=0.05)
