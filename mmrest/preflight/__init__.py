@@ -1,11 +1,12 @@
 """What can be known to be wrong before a run starts: files, classes, weights.
 
-================  ============================================================
-``datasets.py``   which COCO-format datasets a config uses, and with what
-``coco.py``       an annotation file: readable, consistent, with those classes
-``images.py``     the images that it lists: there, and decodable
-``model.py``      class counts of the heads, and the weights to start from
-================  ============================================================
+===================  =========================================================
+``datasets.py``      which COCO-format datasets a config uses, and with what
+``coco.py``          an annotation file: readable, consistent, with those classes
+``images.py``        the images that it lists: there, and decodable
+``segmentation.py``  folders, pairs and label indices of segmentation datasets
+``model.py``         class counts of the heads, and the weights to start from
+===================  =========================================================
 
 It knows formats, not data sets. Every finding names the thing, what was found and
 what to do; all findings are reported together.
@@ -19,6 +20,7 @@ from .coco import check_annotations, check_evaluator
 from .datasets import find_coco_datasets
 from .images import check_images
 from .model import check_class_counts, check_weights
+from .segmentation import check_ignored, check_seg_dataset, find_seg_datasets
 
 __all__ = ['PreflightError', 'check_config', 'check_data']
 
@@ -50,7 +52,7 @@ def check_config(cfg: Config, stage: str = 'train') -> None:
 
 
 def check_data(cfg: Config, stage: str = 'train', **options) -> None:
-    """Raise if the COCO-format datasets of ``cfg`` are incomplete or do not fit it.
+    """Raise if the datasets of ``cfg`` are incomplete or do not fit it.
 
     Args:
         cfg (Config): A config; parts other than the data may be missing.
@@ -82,6 +84,14 @@ def _findings(cfg, stage, unused_categories=False, decode=None):
                 )
             found += check_class_counts(cfg.get('model', {}), dataset)
             findings += [text for text in found if text not in findings]
+        datasets_seg, found = find_seg_datasets(cfg, split)
+        for dataset in datasets_seg:
+            count, texts = check_seg_dataset(dataset, decode)
+            summary.append(f'{split}: {count} images, {len(dataset.classes)} classes')
+            found += texts + check_class_counts(cfg.get('model', {}), dataset)
+        if datasets_seg:
+            found += check_ignored(cfg, split)
+        findings += [text for text in found if text not in findings]
         if split != 'train':
             findings += check_evaluator(cfg.get(f'{split}_evaluator'), split, datasets)
     if summary and not findings:

@@ -54,24 +54,24 @@ def find_coco_datasets(cfg, split: str) -> list:
     if dataset is None:
         return []
     found = [
-        _describe(where, leaf) for where, leaf in _leaves(dataset, f'{name}.dataset')
+        _describe(where, leaf) for where, leaf in leaves(dataset, f'{name}.dataset')
     ]
     return [dataset for dataset in found if dataset is not None]
 
 
-def _leaves(dataset, where):
+def leaves(dataset, where: str):
     """Look into RepeatDataset, ClassBalancedDataset, ConcatDataset and the like."""
     if 'dataset' in dataset:
-        yield from _leaves(dataset['dataset'], f'{where}.dataset')
+        yield from leaves(dataset['dataset'], f'{where}.dataset')
     elif 'datasets' in dataset:
         for index, part in enumerate(dataset['datasets']):
-            yield from _leaves(part, f'{where}.datasets.{index}')
+            yield from leaves(part, f'{where}.datasets.{index}')
     else:
         yield where, dataset
 
 
 def _describe(where, cfg) -> Optional[CocoDataset]:
-    kind = _find_class(cfg)
+    kind = find_class(cfg)
     if not _reads_coco(kind):
         return None
     root = cfg.get('data_root') or ''
@@ -96,10 +96,10 @@ def _describe(where, cfg) -> Optional[CocoDataset]:
     )
 
 
-def _find_class(cfg):
+def find_class(cfg):
+    """The class that ``type`` names in the default scope or its parents."""
     if not isinstance(cfg['type'], str):
         return cfg['type']
-    # The registry of the default scope, and of its parents.
     with DATASETS.switch_scope_and_registry(cfg.get('_scope_')) as registry:
         return registry.get(cfg['type'])
 

@@ -1,0 +1,54 @@
+# UPerNet on ResT-Small, heads as in mmseg's UPerNet with Swin. The other sizes
+# override a few fields of this file.
+norm_cfg = dict(type='SyncBN', requires_grad=True)  # BN in a single process
+model = dict(
+    type='EncoderDecoder',
+    data_preprocessor=dict(
+        type='SegDataPreProcessor',
+        # RGB with ImageNet's statistics, as the backbone was pretrained.
+        mean=[123.675, 116.28, 103.53],
+        std=[58.395, 57.12, 57.375],
+        bgr_to_rgb=True,
+        pad_val=0,
+        seg_pad_val=255,
+        size=(512, 512),  # of a training crop; test images are not padded
+    ),
+    backbone=dict(
+        type='ResT',
+        arch='small',
+        out_indices=(0, 1, 2, 3),
+        drop_path_rate=0.1,
+        out_norm='chain',
+        # The ImageNet weights that the ResT authors published,
+        # https://github.com/wofmanaf/ResT. Without: model.backbone.init_cfg=None
+        init_cfg=dict(type='Pretrained', checkpoint='pretrained/rest_small.pth'),
+    ),
+    decode_head=dict(
+        type='UPerHead',
+        in_channels=[64, 128, 256, 512],
+        in_index=[0, 1, 2, 3],
+        pool_scales=(1, 2, 3, 6),
+        channels=512,
+        dropout_ratio=0.1,
+        num_classes=150,
+        norm_cfg=norm_cfg,
+        align_corners=False,
+        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
+    ),
+    auxiliary_head=dict(
+        type='FCNHead',
+        in_channels=256,
+        in_index=2,
+        channels=256,
+        num_convs=1,
+        concat_input=False,
+        dropout_ratio=0.1,
+        num_classes=150,
+        norm_cfg=norm_cfg,
+        align_corners=False,
+        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=0.4),
+    ),
+    train_cfg=dict(),
+    # Or in windows: dict(mode='slide', crop_size=(512, 512), stride=(341, 341))
+    test_cfg=dict(mode='whole'),
+)

@@ -1,0 +1,6 @@
+_base_ = [
+    '../_base_/models/semantic_fpn_rest_base.py',
+    '../_base_/datasets/ade20k.py',
+    '../_base_/schedules/semantic_fpn_80k.py',
+    '../_base_/default_runtime_seg.py',
+]
