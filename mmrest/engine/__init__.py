@@ -1,5 +1,6 @@
 """Hooks and what else MMEngine's Runner takes from this package."""
 
 from .label_range import LabelRangeHook
+from .optim import LayerDecayOptimWrapperConstructor
 
-__all__ = ['LabelRangeHook']
+__all__ = ['LayerDecayOptimWrapperConstructor', 'LabelRangeHook']

@@ -1,0 +1,123 @@
+"""Layer-wise learning-rate decay for every model whose backbone knows its layers.
+
+mmdet and mmseg have a constructor for this, but for named backbones alone, and
+mmpretrain's one serves its own classifiers. This one asks ``get_layer_depth``, as
+mmpretrain's does, and leaves everything else to MMEngine's default constructor.
+"""
+
+from collections.abc import Callable
+from numbers import Real
+from typing import Optional, Union
+
+from mmengine.logging import print_log
+from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from torch import nn
+
+# what FullyShardedDataParallel and activation checkpointing put into names
+_WRAPPERS = ('_fsdp_wrapped_module.', '_checkpoint_wrapped_module.')
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+    """Give each layer of the backbone ``layer_decay_rate`` times the next one's rate.
+
+    With L layers, layer i learns at ``layer_decay_rate ** (L - 1 - i)`` of the
+    learning rate; the last one, and with it the output norms, necks and heads, at
+    the full one. Each parameter has a group of its own with the fields ``lr_scale``,
+    ``layer_id`` and ``param_name``, as in mmpretrain.
+
+    Args:
+        optim_wrapper_cfg (dict): Config of the optimizer wrapper; its optimizer
+            names an ``lr``.
+        paramwise_cfg (dict): ``layer_decay_rate`` (float), above 0 and at most 1,
+            and any option of MMEngine's ``DefaultOptimWrapperConstructor``, such as
+            ``norm_decay_mult``, ``bias_decay_mult`` or ``custom_keys``, whose
+            ``lr_mult`` is multiplied with the layer's factor.
+
+    Raises:
+        ValueError: If the rate or the learning rate lacks or does not fit, or, when
+            a model is given, if no part of it has ``get_layer_depth``.
+
+    Example:
+        >>> optim_wrapper = dict(
+        ...     type='OptimWrapper',
+        ...     constructor='LayerDecayOptimWrapperConstructor',
+        ...     optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.05),
+        ...     paramwise_cfg=dict(layer_decay_rate=0.9, norm_decay_mult=0.0),
+        ... )
+    """
+
+    def _validate_cfg(self) -> None:
+        super()._validate_cfg()
+        rate = self.paramwise_cfg.get('layer_decay_rate')
+        fits = isinstance(rate, Real) and not isinstance(rate, bool) and 0 < rate <= 1
+        if not fits:
+            raise ValueError(
+                'paramwise_cfg of LayerDecayOptimWrapperConstructor needs '
+                f'layer_decay_rate, a number above 0 and at most 1, found {rate!r}'
+            )
+        if self.base_lr is None:
+            raise ValueError(
+                'LayerDecayOptimWrapperConstructor multiplies the learning rate: give '
+                'the optimizer an lr'
+            )
+
+    def add_params(
+        self,
+        params: list[dict],
+        module: nn.Module,
+        prefix: str = '',
+        is_dcn_module: Optional[Union[int, float]] = None,
+    ) -> None:
+        """Append a group for each parameter; see MMEngine's constructor."""
+        super().add_params(params, module, prefix, is_dcn_module)
+        if prefix == '':  # MMEngine calls this method for each part of the model
+            self._scale_by_layer(params, module)
+
+    def _scale_by_layer(self, params: list[dict], model: nn.Module) -> None:
+        owners = _find_owners(model)
+        if not owners:
+            raise ValueError(
+                f'{type(model).__name__} has no part with get_layer_depth, which '
+                'layer-wise learning-rate decay asks for the layer of a parameter. '
+                'ResT has it; for another backbone use the default constructor.'
+            )
+        rate = self.paramwise_cfg['layer_decay_rate']
+        names = {id(param): _clean(name) for name, param in model.named_parameters()}
+        for group in params:
+            name = names[id(group['params'][0])]
+            layer_id, num_layers = _layer_of(name, owners)
+            scale = rate ** (num_layers - 1 - layer_id)
+            group['lr'] = group.get('lr', self.base_lr) * scale
+            group.update(lr_scale=scale, layer_id=layer_id, param_name=name)
+        for scale in sorted({group['lr_scale'] for group in params}):
+            count = sum(group['lr_scale'] == scale for group in params)
+            print_log(f'lr x {scale:.3g}: {count} parameters', logger='current')
+
+
+def _clean(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, '')
+    return name
+
+
+def _find_owners(model: nn.Module) -> dict[str, Callable]:
+    """``get_layer_depth`` of the outermost parts that have it, by their prefix."""
+    owners = {}
+    for name, module in model.named_modules():
+        prefix = _clean(f'{name}.') if name else ''
+        inside = any(prefix.startswith(owner) for owner in owners)
+        # a wrapped module's attributes are seen through its wrapper
+        if hasattr(module, 'get_layer_depth') and not inside:
+            owners[prefix] = module.get_layer_depth
+    return owners
+
+
+def _layer_of(name: str, owners: dict[str, Callable]) -> tuple[int, int]:
+    for prefix, get_layer_depth in owners.items():
+        if name.startswith(prefix):
+            return get_layer_depth(name[len(prefix) :])
+    # necks and heads: the last layer of the first backbone
+    _, num_layers = next(iter(owners.values()))('')
+    return num_layers - 1, num_layers
