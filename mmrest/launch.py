@@ -6,6 +6,7 @@ comes from the config alone.
 """
 
 import argparse
+import logging
 import os
 import os.path as osp
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.hub import get_config
+from mmengine.logging import print_log
 
 from .checkpoint import force_safe_loading
 from .config_scope import SCOPE, find_config
@@ -132,6 +134,12 @@ def prepare_process_group(cfg: Config) -> None:
             f'--launcher {cfg.launcher} needs GPUs and none was found. Without GPUs '
             'use tools/dist_train.sh or tools/dist_test.sh.'
         )
+    if _replace_sync_bn(cfg.get('model', {})):
+        print_log(
+            'SyncBN needs GPUs; here each process normalises by its own images (BN).',
+            logger='current',
+            level=logging.WARNING,
+        )
     cfg.setdefault('env_cfg', {}).setdefault('dist_cfg', {})['backend'] = 'gloo'
     cfg.setdefault(
         'model_wrapper_cfg',
@@ -143,3 +151,15 @@ def prepare_process_group(cfg: Config) -> None:
         ),
     )
     torch.distributed.init_process_group('gloo')
+
+
+def _replace_sync_bn(part) -> int:
+    """Write BN for SyncBN, as MMEngine does to the model of a single process."""
+    if isinstance(part, (list, tuple)):
+        return sum(_replace_sync_bn(value) for value in part)
+    if not isinstance(part, dict):
+        return 0
+    found = part.get('type') in ('SyncBN', 'MMSyncBN')
+    if found:
+        part['type'] = 'BN'
+    return found + sum(_replace_sync_bn(value) for value in part.values())

@@ -1,6 +1,8 @@
 """Evaluate a checkpoint with the metrics of a config, with MMEngine's Runner."""
 
 import argparse
+import os
+import os.path as osp
 import sys
 
 from mmengine.config import Config, ConfigDict
@@ -30,7 +32,8 @@ def parse_args():
         '--out',
         metavar='FILE',
         help='NAME.pkl: write all predictions as a pickle; NAME.json: write '
-        'NAME.bbox.json and NAME.segm.json in the result format of COCO',
+        'NAME.bbox.json and NAME.segm.json in the result format of COCO; for a '
+        'segmentor a folder: write its label images there',
     )
     parser.add_argument('--show', action='store_true', help='show the predictions')
     parser.add_argument(
@@ -60,7 +63,10 @@ def draw(cfg: Config, args: argparse.Namespace) -> None:
     if args.show_dir and folder:
         hook[folder] = args.show_dir
     elif args.show_dir:
-        cfg.visualizer.save_dir = args.show_dir
+        # The backend writes below WORK_DIR/TIME/vis_data.
+        for backend in cfg.visualizer.get('vis_backends') or []:
+            if backend.get('type') == 'LocalVisBackend':
+                backend.img_save_dir = osp.join(osp.pardir, args.show_dir)
 
 
 def evaluators(cfg: Config) -> list:
@@ -96,11 +102,20 @@ def write_results(cfg: Config, path: str) -> None:
         kind = 'DumpDetResults' if detector else 'DumpResults'
         metrics.append(ConfigDict(type=kind, out_file_path=path))
         return
+    iou = [metric for metric in metrics if metric.get('type') == 'IoUMetric']
+    if iou and not osp.splitext(path)[1]:
+        if osp.isdir(path) and os.listdir(path):
+            raise launch.LaunchError(
+                f'--out {path}: the folder is not empty, and its files might be '
+                'overwritten. Give a new one.'
+            )
+        iou[0]['output_dir'] = path
+        return
     coco = [metric for metric in metrics if metric.get('type') == 'CocoMetric']
     if not path.endswith('.json') or not coco:
         raise launch.LaunchError(
             f'--out {path}: give a name that ends in .pkl, or in .json where the '
-            'evaluator is CocoMetric.'
+            'evaluator is CocoMetric, or a folder where it is IoUMetric.'
         )
     coco[0]['outfile_prefix'] = path[: -len('.json')]
 

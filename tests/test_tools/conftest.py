@@ -1,11 +1,6 @@
 """A data set of two shapes, a config for it as a user writes one, and processes."""
 
 import json
-import os
-import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -145,38 +140,6 @@ def config(tmp_path_factory) -> Path:
     return path
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return str(probe.getsockname()[1])
-
-
-@pytest.fixture(scope='session')
-def run(repo):
-    """Run a tool as a process; the output of both streams comes back."""
-
-    def run_tool(tool, *args, cwd, fails=False):
-        command = [str(repo / 'tools' / tool), *map(str, args)]
-        if tool.endswith('.py'):
-            command.insert(0, sys.executable)
-        variables = dict(
-            os.environ,
-            PYTHON=sys.executable,
-            PYTHONPATH=str(repo),
-            OMP_NUM_THREADS='1',
-            CUDA_VISIBLE_DEVICES='',
-            PORT=free_port(),  # two test runs may share the machine
-        )
-        done = subprocess.run(
-            command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=600
-        )
-        output = done.stdout + done.stderr
-        assert (done.returncode != 0) is fails, output[-6000:]
-        return output
-
-    return run_tool
-
-
 @pytest.fixture(scope='session')
 def trained(run, config, tmp_path_factory):
     """Work folder and output of a run of four iterations, started elsewhere."""
@@ -185,14 +148,3 @@ def trained(run, config, tmp_path_factory):
         'train.py', config, '--work-dir', 'run', '--resume', '--tensorboard', cwd=folder
     )
     return folder / 'run', output
-
-
-@pytest.fixture(scope='session')
-def metrics():
-    """The metrics that the last test run wrote into a work folder."""
-
-    def read(work_dir):
-        files = [p for p in work_dir.glob('*/*.json') if re.match(r'\d+_\d+', p.name)]
-        return json.loads(max(files).read_text())
-
-    return read
