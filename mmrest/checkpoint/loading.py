@@ -106,6 +106,7 @@ def load_pretrained(
         for name, tensor in found.tensors.items()
         if name.startswith(prefix)
     }
+    inside = adapt(module, inside)
     fitting, problems = compare(inside, target, may_be_new, may_be_unused)
     converted: dict[str, Tensor] = {}
     if not problems:
@@ -141,6 +142,26 @@ def load_pretrained(
     module.load_state_dict(converted, strict=False)
     print_log(str(report), logger=logger)
     return report
+
+
+def adapt(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Let submodules change what they can take in another shape.
+
+    A submodule with a method ``adapt_state_dict(state_dict, prefix)`` may do so,
+    as a learnable position embedding interpolates that of another grid.
+
+    Args:
+        module (nn.Module): Takes the tensors.
+        tensors (dict[str, Tensor]): From the file.
+
+    Returns:
+        dict[str, Tensor]: A new dict.
+    """
+    tensors = dict(tensors)
+    for name, part in module.named_modules():
+        if hasattr(part, 'adapt_state_dict'):
+            part.adapt_state_dict(tensors, f'{name}.' if name else '')
+    return tensors
 
 
 def compare(

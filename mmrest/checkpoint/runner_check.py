@@ -14,7 +14,7 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import Tensor, nn
 
 from .errors import CheckpointError, RefusedError, shorten
-from .loading import COUNTER, compare, describe_defects
+from .loading import COUNTER, adapt, compare, describe_defects
 from .reading import Source, read_checkpoint
 from .safe_globals import mmengine_globals_allowed
 
@@ -53,7 +53,7 @@ def check_load_from(
             print_log(f'Not checked: {error}', logger='current', level=logging.WARNING)
             return
         raise
-    tensors = _as_mmengine_reads(checkpoint, source)
+    tensors = adapt(model, _as_mmengine_reads(checkpoint, source))
     target = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
     fitting, problems = compare(tensors, target)
     if not fitting:

@@ -14,7 +14,15 @@ from torch.utils.checkpoint import checkpoint
 from ..checkpoint import load_pretrained
 from ..ops.attention import check_attn_impl
 from .arch import NUM_STAGES, resolve_arch
-from .layers import Block, PatchEmbed, Stem, to_map, to_tokens
+from .layers import Block, PatchEmbed, to_map, to_tokens
+from .parts import (
+    ATTENTIONS,
+    STEMS,
+    PartCfg,
+    build_part,
+    build_position,
+    is_own_position,
+)
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, _BatchNorm)
 
@@ -56,6 +64,16 @@ class ResT(BaseModule):
             ``'branch'`` normalises the output alone. Default: ``'chain'``.
         attn_impl (str): ``'auto'``, ``'tiled'`` or ``'dense'``, see
             :func:`mmrest.ops.head_interaction_attention`. Default: ``'auto'``.
+        stem_cfg (str | dict): ``'rest'``, ``'resnet'`` or ``'patch'``, alone or as
+            ``type`` of a dict with options, as the next two; see
+            :mod:`mmrest.models.stems`. Default: ``'rest'``.
+        pos_cfg (str | dict): The positional encoding of every stage: ``'pa'``,
+            ``'gl'``, ``'le'``, ``'none'``, see :mod:`mmrest.models.positions`, or
+            any registered module that maps a map to one of the same shape.
+            Default: ``'pa'``.
+        attn_cfg (str | dict): ``'emsa'``, ``'emsa_without_norm'``,
+            ``'emsa_without_both'`` or ``'msa'``, see
+            :mod:`mmrest.models.attentions`. Default: ``'emsa'``.
         init_cfg (dict, optional): ``dict(type='Pretrained', checkpoint=...)``
             reads a published or own checkpoint, see
             :func:`mmrest.checkpoint.load_pretrained`. Without it, weights are
@@ -89,6 +107,9 @@ class ResT(BaseModule):
         norm_cfg: dict = dict(type='BN'),  # noqa: B006
         out_norm: str = 'chain',
         attn_impl: str = 'auto',
+        stem_cfg: PartCfg = 'rest',
+        pos_cfg: PartCfg = 'pa',
+        attn_cfg: PartCfg = 'emsa',
         init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
@@ -112,23 +133,39 @@ class ResT(BaseModule):
         ]
         self.num_stages = self.out_indices[-1] + 1
         for i in range(self.num_stages):
+            pos = build_position(pos_cfg, dims[i], map_stride=4 * 2**i)
             if i == 0:
-                self.stem = Stem(in_channels, dims[0], norm_cfg)
+                self.stem = build_part(
+                    STEMS,
+                    'stem_cfg',
+                    stem_cfg,
+                    in_channels=in_channels,
+                    dim=dims[0],
+                    norm_cfg=norm_cfg,
+                    pos=pos,
+                )
             else:
-                patch_embed = PatchEmbed(dims[i - 1], dims[i], norm_cfg)
+                patch_embed = PatchEmbed(dims[i - 1], dims[i], norm_cfg, pos)
                 self.add_module(f'patch_embed_{i + 1}', patch_embed)
             first = sum(depths[:i])
             blocks = nn.ModuleList(
                 Block(
                     dim=dims[i],
-                    num_heads=self.arch.num_heads[i],
-                    sr_ratio=self.arch.sr_ratios[i],
+                    attn=build_part(
+                        ATTENTIONS,
+                        'attn_cfg',
+                        attn_cfg,
+                        dim=dims[i],
+                        num_heads=self.arch.num_heads[i],
+                        sr_ratio=self.arch.sr_ratios[i],
+                        qkv_bias=qkv_bias,
+                        attn_drop=attn_drop_rate,
+                        proj_drop=drop_rate,
+                        attn_impl=attn_impl,
+                    ),
                     mlp_ratio=self.arch.mlp_ratios[i],
-                    qkv_bias=qkv_bias,
                     drop=drop_rate,
-                    attn_drop=attn_drop_rate,
                     drop_path=drop_paths[first + j],
-                    attn_impl=attn_impl,
                 )
                 for j in range(depths[i])
             )
@@ -204,6 +241,32 @@ class ResT(BaseModule):
                     module.eval()
         return self
 
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Say how deep a parameter lies, for layer-wise learning-rate decay.
+
+        The stem is layer 0, the blocks count from 1 on, and the entry of a stage
+        belongs to the block before it, as in mmpretrain's Swin. The norms of the
+        outputs and all that does not begin with ``prefix`` are the last layer.
+
+        Args:
+            param_name (str): Name of the parameter.
+            prefix (str): What the names of this backbone begin with. Default: ''.
+
+        Returns:
+            tuple[int, int]: The layer and the number of layers.
+        """
+        depths = self.arch.depths[: self.num_stages]
+        num_layers = sum(depths) + 2
+        name = param_name[len(prefix) :] if param_name.startswith(prefix) else ''
+        if name.startswith('stem.'):
+            return 0, num_layers
+        for i in range(self.num_stages):
+            if name.startswith(f'patch_embed_{i + 1}.'):
+                return sum(depths[:i]), num_layers
+            if name.startswith(f'stage{i + 1}.'):
+                return sum(depths[:i]) + int(name.split('.')[1]) + 1, num_layers
+        return num_layers - 1, num_layers
+
     def _freeze_stages(self) -> None:
         if self.frozen_stages >= 0:
             _freeze(self.stem)
@@ -223,7 +286,7 @@ class ResT(BaseModule):
         return 'norm' if i == NUM_STAGES - 1 else f'norm{i + 1}'
 
     def _draw_weights(self) -> None:
-        for module in self.modules():
+        for module in self._modules_to_draw():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.trunc_normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
@@ -231,6 +294,13 @@ class ResT(BaseModule):
             if isinstance(module, _NORMS) and module.weight is not None:
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
+
+    def _modules_to_draw(self) -> list[nn.Module]:
+        """All but foreign positional encodings, which have drawn their own."""
+        entries = [self._entry(i) for i in range(self.num_stages)]
+        encodings = [entry.pos for entry in entries if hasattr(entry, 'pos')]
+        foreign = {m for e in encodings if not is_own_position(e) for m in e.modules()}
+        return [module for module in self.modules() if module not in foreign]
 
     def _pretrained_cfg(self) -> Optional[dict]:
         """``init_cfg`` if it names a checkpoint and nothing else."""

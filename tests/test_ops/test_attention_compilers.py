@@ -7,7 +7,8 @@ import torch
 from attention_cases import Shape, make_inputs, run
 from torch import nn
 
-from mmrest.models.layers import EMSA, Mlp
+from mmrest.models.attentions import EMSA
+from mmrest.models.layers import Mlp
 from mmrest.ops import head_interaction_attention
 from mmrest.ops.operator import head_interaction_attention_op
 

@@ -1,0 +1,328 @@
+"""The stems, positions and attentions that the paper compares."""
+
+import copy
+import math
+
+import pytest
+import torch
+from mmengine.registry import MODELS
+from torch import nn
+from weights_rule import fill, image
+
+from mmrest import ResT
+from mmrest.models import ATTENTIONS, POSITIONS, STEMS
+from mmrest.models.attentions import EMSA, MSA, ReducedMSA, UnnormalisedEMSA
+from mmrest.ops import head_interaction_attention
+
+TINY = dict(
+    embed_dims=[8, 16, 24, 32],
+    num_heads=[1, 2, 3, 4],
+    depths=[1, 1, 1, 1],
+    sr_ratios=[8, 4, 2, 1],
+    mlp_ratios=2,
+)
+VARIANTS = {
+    'published': {},
+    'stem_resnet': dict(stem_cfg='resnet'),
+    'stem_patch': dict(stem_cfg='patch'),
+    'pos_gl': dict(pos_cfg='gl'),
+    'pos_le': dict(pos_cfg=dict(type='le', image_size=64)),
+    'pos_none': dict(pos_cfg='none'),
+    'pos_foreign': dict(pos_cfg=dict(type='ContextBlock', ratio=0.5)),
+    'attn_without_norm': dict(attn_cfg='emsa_without_norm'),
+    'attn_without_both': dict(attn_cfg='emsa_without_both'),
+    'attn_msa': dict(attn_cfg='msa'),
+    'attn_avg': dict(attn_cfg=dict(type='emsa', reduction='avg')),
+    'attn_max': dict(attn_cfg=dict(type='emsa', reduction='max')),
+}
+OTHERS = [name for name in VARIANTS if name != 'published']
+SIZES = [(1, 1), (1, 40), (33, 65)]
+
+
+def tiny(variant, **options):
+    model = ResT(TINY, **VARIANTS[variant], **options)
+    fill(model.state_dict())
+    return model
+
+
+def expected_sizes(height, width):
+    sides = [(math.ceil(height / s), math.ceil(width / s)) for s in (4, 8, 16, 32)]
+    return [(1, dim, *size) for dim, size in zip(TINY['embed_dims'], sides)]
+
+
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('variant', OTHERS)
+def test_any_size_forward_and_backward(variant, size):
+    model = tiny(variant).eval()
+    x = image((1, 3, *size)).requires_grad_()
+    outs = model(x)
+    assert [tuple(out.shape) for out in outs] == expected_sizes(*size)
+    assert all(out.isfinite().all() for out in outs)
+    sum((out * image(out.shape, 9)).sum() for out in outs).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize('variant', OTHERS)
+def test_variants_differ_from_the_published_model(variant):
+    x = image((1, 3, 64, 64))
+    with torch.no_grad():
+        found, published = (tiny(name).eval()(x)[3] for name in (variant, 'published'))
+    assert not torch.allclose(found, published, atol=1e-2)
+
+
+@pytest.mark.parametrize('variant', OTHERS)
+def test_checkpointing_and_training(variant):
+    results = []
+    for with_cp in (False, True):
+        model = tiny(variant, with_cp=with_cp, drop_rate=0.1, attn_drop_rate=0.1)
+        model.train()
+        torch.manual_seed(0)
+        outs = model(image((2, 3, 40, 64)))
+        sum((out * image(out.shape, 9)).sum() for out in outs).backward()
+        results.append([*outs, *(p.grad for p in model.parameters())])
+    for plain, recomputed in zip(*results):
+        assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize('variant', OTHERS)
+def test_names_keep_their_form_and_freeze(variant):
+    model = tiny(variant, frozen_stages=2)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    heads = {name.split('.')[0] for name, _ in model.named_parameters()}
+    parts = {'stem', *(f'patch_embed_{k}' for k in (2, 3, 4))}
+    parts |= {f'stage{k}' for k in (1, 2, 3, 4)} | {'norm1', 'norm2', 'norm3', 'norm'}
+    assert heads == parts
+    prefixes = ('stem.', 'stage1.', 'patch_embed_2.', 'stage2.')
+    assert frozen == {n for n, _ in model.named_parameters() if n.startswith(prefixes)}
+    before = copy.deepcopy(model.state_dict())
+    outs = model.train()(image((2, 3, 64, 64)))
+    sum(out.square().sum() for out in outs).backward()
+    for name, tensor in model.state_dict().items():
+        if name.startswith(prefixes):
+            assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize('variant', ['published', *OTHERS])
+def test_reads_its_own_checkpoint_and_refuses_those_of_others(variant, tmp_path):
+    source = tiny(variant)
+    path = tmp_path / 'rest.pth'
+    torch.save(source.state_dict(), path)
+    init_cfg = dict(type='Pretrained', checkpoint=str(path))
+    for name, options in VARIANTS.items():
+        model = ResT(TINY, **options, init_cfg=init_cfg)
+        if name == variant:
+            model.init_weights()
+            for key, tensor in model.state_dict().items():
+                assert torch.equal(tensor, source.state_dict()[key]), key
+            continue
+        before = copy.deepcopy(model.state_dict())
+        differing = set(before) ^ set(source.state_dict())
+        differing = {key for key in differing if 'num_batches' not in key}
+        with pytest.raises(ValueError, match='nothing was loaded') as error:
+            model.init_weights()
+        assert any(key in str(error.value) for key in differing), name
+
+
+@pytest.mark.parametrize('variant', ['stem_patch', 'pos_le'])
+def test_compiles_without_a_break(variant):
+    torch._dynamo.reset()
+    model = tiny(variant).train()
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    x, reference = image((2, 3, 64, 64)), copy.deepcopy(model)
+    for found, expected in zip(compiled(x), reference(x)):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('variant', ['stem_resnet', 'pos_le', 'attn_max'])
+def test_exports(variant):
+    model, x = tiny(variant).eval(), image((1, 3, 64, 80))
+    program = torch.export.export(model, (x,))
+    for found, expected in zip(program.module()(x), model(x)):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    'argument, name', [('stem_cfg', 'rest'), ('pos_cfg', 'pa'), ('attn_cfg', 'emsa')]
+)
+def test_a_name_and_a_dict_are_the_same(argument, name):
+    plain, x = tiny('published').eval(), image((1, 3, 40, 40))
+    for cfg in (name, dict(type=name)):
+        model = ResT(TINY, **{argument: cfg}).eval()
+        assert list(model.state_dict()) == list(plain.state_dict())
+        fill(model.state_dict())
+        assert torch.equal(model(x)[3], plain(x)[3])
+
+
+def attend(cls, sr_ratio=1, **options):
+    module = cls(dim=12, num_heads=3, sr_ratio=sr_ratio, **options).double().eval()
+    fill(module.state_dict())
+    return module
+
+
+def test_equations_of_the_attentions():
+    """With the same projections, each is the formula that its docstring gives."""
+    x = image((2, 35, 12)).double()
+    q, k, v = (image((2, 3, 35, 4), seed).double() for seed in (1, 2, 3))
+    scores = q @ k.transpose(-2, -1) / 2
+    plain = scores.softmax(-1) @ v
+    for cls in (MSA, ReducedMSA):
+        torch.testing.assert_close(attend(cls).attend(q, k, v, 0.0), plain)
+    torch.testing.assert_close(attend(MSA)(x, (5, 7)), attend(ReducedMSA)(x, (5, 7)))
+
+    unnormalised = attend(UnnormalisedEMSA)
+    weight, bias = unnormalised.mix_conv.weight[..., 0, 0], unnormalised.mix_conv.bias
+    mixed = torch.einsum('ij,bjnm->binm', weight, scores) + bias[:, None, None]
+    maps = mixed.softmax(-1)
+    torch.testing.assert_close(unnormalised.attend(q, k, v, 0.0), maps @ v)
+
+    # the norm of a map: mean 1 / M, and the standard deviation of its entries
+    std = (maps.var((2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
+    expected = ((maps - 1 / 35) / std) @ v
+    found = head_interaction_attention(q, k, v, weight, bias)
+    torch.testing.assert_close(found, expected)
+    emsa = attend(EMSA)
+    emsa.transform_conv.load_state_dict(unnormalised.mix_conv.state_dict())
+    torch.testing.assert_close(emsa.attend(q, k, v, 0.0), expected)
+
+
+@pytest.mark.parametrize('size', [(1, 1), (5, 7), (8, 8), (9, 16)])
+@pytest.mark.parametrize('sr_ratio', [2, 4, 8])
+def test_reductions_give_the_same_grid(sr_ratio, size):
+    x = image((2, size[0] * size[1], 12)).double()
+    count = math.ceil(size[0] / sr_ratio) * math.ceil(size[1] / sr_ratio)
+    for reduction in ('conv', 'avg', 'max'):
+        module = attend(EMSA, sr_ratio, reduction=reduction)
+        assert module.reduce(x, size).shape == (2, count, 12)
+    # a pooling of a constant map is that constant, also at the border
+    for reduction in ('avg', 'max'):
+        module = attend(EMSA, sr_ratio, reduction=reduction)
+        pooled = module.sr(torch.full((1, 12, *size), 3.0).double())
+        assert torch.equal(pooled, torch.full_like(pooled, 3.0))
+
+
+def test_learnable_embedding():
+    model = ResT(TINY, pos_cfg=dict(type='le', image_size=(64, 96)))
+    grids = [tuple(model.stem.pos.pos_embed.shape[2:])]
+    entries = [getattr(model, f'patch_embed_{k}') for k in (2, 3, 4)]
+    grids += [tuple(entry.pos.pos_embed.shape[2:]) for entry in entries]
+    assert grids == [(16, 24), (8, 12), (4, 6), (2, 3)]
+    pos = model.stem.pos
+    assert 0.01 < float(pos.pos_embed.std()) < 0.03
+    x = image((2, 8, 16, 24))
+    assert torch.equal(pos(x), x + pos.pos_embed)
+    # of a constant embedding every size sees that constant
+    nn.init.constant_(pos.pos_embed, 0.5)
+    for size in ((1, 1), (7, 30), (32, 48)):
+        x = image((2, 8, *size))
+        torch.testing.assert_close(pos(x), x + 0.5)
+
+
+@pytest.mark.parametrize('through', ['init_cfg', 'load_state_dict', 'mmengine'])
+def test_learnable_embedding_of_another_grid_is_interpolated(tmp_path, through):
+    from mmengine.runner import load_checkpoint
+
+    def build(size, **options):
+        return ResT(TINY, pos_cfg=dict(type='le', image_size=size), **options)
+
+    source, path = build(64), str(tmp_path / 'rest.pth')
+    torch.save(dict(state_dict=source.state_dict()), path)
+    if through == 'init_cfg':
+        model = build(96, init_cfg=dict(type='Pretrained', checkpoint=path))
+        model.init_weights()
+    else:
+        model = build(96)
+        if through == 'mmengine':
+            load_checkpoint(model, path, strict=True)
+        else:
+            model.load_state_dict(source.state_dict())
+    expected = nn.functional.interpolate(
+        source.stem.pos.pos_embed, size=(24, 24), mode='bicubic', align_corners=False
+    )
+    torch.testing.assert_close(model.stem.pos.pos_embed, expected)
+    assert torch.equal(model.stem.conv1.weight, source.stem.conv1.weight)
+    assert source.stem.pos.pos_embed.shape[-1] == 16, 'the source is unchanged'
+
+
+def test_positions_registered_elsewhere():
+    """From MMEngine's registry, another package's, and by class."""
+
+    class Gate(nn.Module):
+        def __init__(self, channels, power=1):
+            super().__init__()
+            self.gate = nn.Parameter(torch.full((channels, 1, 1), 7.0))
+
+        def forward(self, x):
+            return x * self.gate
+
+    model = ResT(TINY, pos_cfg=dict(type=Gate, power=2))
+    assert model.patch_embed_4.pos.gate.shape == (32, 1, 1)
+    model.init_weights()
+    assert (model.stem.pos.gate == 7).all()
+    context = ResT(TINY, pos_cfg=dict(type='ContextBlock', ratio=0.5))
+    # as ContextBlock draws it: the last convolution starts at zero, the block as x
+    context.init_weights()
+    assert not context.stem.pos.channel_add_conv[-1].weight.any()
+    x = image((1, 8, 5, 5))
+    assert torch.equal(context.stem.pos(x), x)
+
+    with MODELS.switch_scope_and_registry('mmengine') as models:
+        models.register_module('VariantsTestGate', module=Gate)
+    assert isinstance(ResT(TINY, pos_cfg='VariantsTestGate').stem.pos, Gate)
+
+
+def test_position_of_another_package():
+    pytest.importorskip('mmdet.models', reason='needs mmdet')
+    cfg = dict(type='mmdet.DropBlock', drop_prob=0.1, block_size=3)
+    model = ResT(TINY, pos_cfg=cfg).eval()
+    assert type(model.stem.pos).__module__.startswith('mmdet.')
+    assert len(model(image((1, 3, 33, 65)))) == 4
+
+
+def test_attention_and_stem_of_ones_own():
+    @ATTENTIONS.register_module('variants_test_mean')
+    class Mean(nn.Module):
+        def __init__(self, dim, num_heads, **kwargs):
+            super().__init__()
+            self.v = nn.Linear(dim, dim)
+
+        def forward(self, x, size):
+            return self.v(x).mean(1, keepdim=True).expand_as(x)
+
+    model = ResT(TINY, attn_cfg='variants_test_mean')
+    assert isinstance(model.stage4[0].attn, Mean)
+    assert len(model(image((2, 3, 40, 40)))) == 4
+
+
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(stem_cfg='swin'), "stem_cfg.*'rest', 'resnet', 'patch'.*found 'swin'"),
+        (dict(pos_cfg='sine'), "pos_cfg.*'pa', 'gl', 'le', 'none'.*MODELS.*'sine'"),
+        (
+            dict(attn_cfg=dict(type='linear')),
+            "attn_cfg.*'msa', 'emsa_without_both', 'emsa_without_norm', 'emsa'.*linear",
+        ),
+        (dict(stem_cfg=None), "stem_cfg.*'patch', or a dict.*'type'.*found None"),
+        (dict(attn_cfg=dict(reduction='avg')), "dict with such a 'type'.*reduction"),
+        (
+            dict(attn_cfg=dict(type='emsa', reduction='min')),
+            "reduction.*'conv', 'avg', 'max'.*'min'",
+        ),
+        (dict(attn_cfg=dict(type='emsa', heads=3)), "attn_cfg: 'emsa'.*heads"),
+        (dict(stem_cfg=dict(type='rest', kernel=3)), "stem_cfg: 'rest'.*kernel"),
+        (dict(pos_cfg='ContextBlock'), "pos_cfg: 'ContextBlock'.*ratio"),
+        (dict(pos_cfg=dict(type='le', image_size=0)), 'image_size.*found 0'),
+        (dict(attn_cfg='emsa_without_norm', attn_impl='tiled'), 'no tiled'),
+    ],
+)
+def test_bad_variants(options, message):
+    with pytest.raises(ValueError, match=message):
+        ResT(TINY, **options)
+
+
+def test_registries_hold_what_the_paper_compares():
+    assert {'rest', 'resnet', 'patch'} <= set(STEMS.module_dict)
+    assert {'pa', 'gl', 'le', 'none'} <= set(POSITIONS.module_dict)
