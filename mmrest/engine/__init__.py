@@ -1,6 +1,12 @@
 """Hooks and what else MMEngine's Runner takes from this package."""
 
 from .label_range import LabelRangeHook
+from .numerics import CheckNonFiniteHook, NonFiniteError
 from .optim import LayerDecayOptimWrapperConstructor
 
-__all__ = ['LayerDecayOptimWrapperConstructor', 'LabelRangeHook']
+__all__ = [
+    'CheckNonFiniteHook',
+    'LayerDecayOptimWrapperConstructor',
+    'LabelRangeHook',
+    'NonFiniteError',
+]

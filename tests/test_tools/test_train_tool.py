@@ -116,3 +116,15 @@ def test_undecodable_image_is_named_in_training(run, config, dataset, tmp_path):
     options += ['preflight.decode=0']
     output = run('train.py', config, *options, cwd=tmp_path, fails=True)
     assert re.search(r'train_\d\.jpg', output.splitlines()[-1])
+
+
+def test_explosion_ends_with_its_reason(run, config, tmp_path):
+    """The second iteration of a run whose first step was far too long."""
+    options = ['--cfg-options', 'optim_wrapper.optimizer.lr=1e35']
+    options += ['default_hooks.checkpoint.interval=1']
+    output = run('train.py', config, *options, cwd=tmp_path, fails=True)
+    end = output.rpartition('tools/train.py: ')[2]
+    assert end.startswith('iteration 2: a loss is NaN or infinite.')
+    assert len(re.findall(r'train_\d\.jpg', end)) == 2
+    assert re.search(r'first in backbone\.\S+ \(', end)
+    assert 'iter_1.pth, is from before' in end and 'Traceback' not in output
