@@ -10,6 +10,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 
 from mmrest import launch
 from mmrest.checkpoint import CheckpointError, check_load_from
+from mmrest.engine import NonFiniteError
 from mmrest.preflight import PreflightError, check_config
 
 
@@ -93,7 +94,12 @@ def main():
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
         check_start(runner, cfg)
         runner.train()
-    except (launch.LaunchError, PreflightError, CheckpointError) as error:
+    except (
+        launch.LaunchError,
+        PreflightError,
+        CheckpointError,
+        NonFiniteError,
+    ) as error:
         sys.exit(f'tools/train.py: {error}')
 
 
