@@ -1,6 +1,11 @@
-"""Run by torchrun: ResT under DistributedDataParallel, two steps a case."""
+"""Run by torchrun: ResT under DistributedDataParallel, many cases in one launch.
+
+``unused``: every parameter takes part in every step. ``equal``: the processes, each
+with its share of the batch, get the gradients that one process gets from all of it.
+"""
 
 import itertools
+import sys
 
 import torch
 import torch.distributed as dist
@@ -14,30 +19,76 @@ ARCH = dict(
     depths=[1, 1, 1, 1],
     sr_ratios=[8, 4, 2, 1],
 )
+BATCH = 4
+# BatchNorm sees the images of its own process alone, and SyncBatchNorm needs GPUs: so
+# statistics that stay as they are, or norms of each image
+NORMS = (dict(norm_eval=True), dict(norm_cfg=dict(type='GN', num_groups=2)))
 
 
-def run_case(frozen_stages: int, out_indices: tuple[int, ...]) -> None:
+def build(**kwargs) -> ResT:
     torch.manual_seed(0)
-    model = ResT(ARCH, frozen_stages=frozen_stages, out_indices=out_indices)
+    model = ResT(ARCH, **kwargs)
     model.init_weights()
+    for name, buffer in model.named_buffers():
+        if name.endswith(('running_mean', 'running_var')):
+            buffer.uniform_(0.5, 1.5)
+    return model.train()
+
+
+def loss(outs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return sum((out * out.sin()).mean() for out in outs)
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+def check_unused(frozen_stages: int, out_indices: tuple[int, ...]) -> None:
+    model = build(frozen_stages=frozen_stages, out_indices=out_indices)
     ddp = DistributedDataParallel(model, find_unused_parameters=False)
     for step in range(2):  # an unused parameter is an error in the second step
         model.zero_grad()
         torch.manual_seed(10 * step + dist.get_rank())
-        sum(out.square().mean() for out in ddp(torch.rand(2, 3, 64, 64))).backward()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            total = parameter.grad.clone()
-            dist.all_reduce(total)
-            mean = total / dist.get_world_size()
-            assert torch.allclose(parameter.grad, mean, atol=1e-6), name
+        loss(ddp(torch.rand(2, 3, 64, 64))).backward()
+    for name, grad in gradients(model).items():
+        total = grad.clone()
+        dist.all_reduce(total)
+        mean = total / dist.get_world_size()
+        assert torch.allclose(grad, mean, atol=1e-6), name
+
+
+def check_equal(frozen_stages: int, with_cp: bool, norm: dict) -> None:
+    share = BATCH // dist.get_world_size()
+    first = share * dist.get_rank()
+    images = torch.rand(BATCH, 3, 72, 104, generator=torch.Generator().manual_seed(1))
+    kwargs = dict(frozen_stages=frozen_stages, **norm)
+
+    alone = build(**kwargs)
+    loss(alone(images)).backward()
+    model = build(with_cp=with_cp, **kwargs)
+    ddp = DistributedDataParallel(model, find_unused_parameters=False)
+    loss(ddp(images[first : first + share])).backward()
+
+    expected, found = gradients(alone), gradients(model)
+    assert expected.keys() == found.keys() and expected
+    for name, grad in found.items():
+        size = expected[name].abs().max()
+        error = (grad - expected[name]).abs().max()
+        assert error <= 1e-5 * size + 1e-7, f'{name}: {error} of {size}'
+
+
+CASES = dict(
+    unused=(check_unused, (range(-1, 5), [(0, 1, 2, 3), (1, 2, 3), (1,)])),
+    equal=(check_equal, (range(-1, 5), (False, True), NORMS)),
+)
 
 
 if __name__ == '__main__':
     dist.init_process_group('gloo')
-    cases = [*itertools.product(range(-1, 5), [(0, 1, 2, 3), (1, 2, 3), (1,)])]
+    check, options = CASES[sys.argv[1]]
+    cases = list(itertools.product(*options))
     for case in cases:
-        run_case(*case)
+        check(*case)
     if dist.get_rank() == 0:
         print(f'{len(cases)} cases passed')
     dist.destroy_process_group()

@@ -1,16 +1,28 @@
-"""ResT in several processes: every parameter takes part in every step."""
+"""ResT in several processes: no parameter unused, and the gradients of one process."""
 
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_no_parameter_is_unused(repo):
+
+def launch(repo, processes, what):
     worker = Path(__file__).with_name('ddp_worker.py')
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
-    command += ['--nproc_per_node', '2', str(worker)]
+    command += ['--nproc_per_node', str(processes), str(worker), what]
     result = subprocess.run(
         command, cwd=repo, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert '18 cases passed' in result.stdout
+    return result.stdout
+
+
+def test_no_parameter_is_unused(repo):
+    assert '18 cases passed' in launch(repo, 2, 'unused')
+
+
+@pytest.mark.parametrize('processes', [1, 2, 4])
+def test_gradients_do_not_depend_on_the_number_of_processes(repo, processes):
+    """For every ``frozen_stages``, with and without ``with_cp``, frozen BN and GN."""
+    assert '24 cases passed' in launch(repo, processes, 'equal')
