@@ -1,0 +1,98 @@
+"""A segmentor through tools/train.py, dist_train.sh and tools/test.py, as processes."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+
+def iterations(output):
+    return [int(n) for n in re.findall(r'Iter\(train\) *\[ *(\d+)/', output)]
+
+
+@pytest.fixture(scope='module')
+def trained(run, config, tmp_path_factory):
+    """Work folder and output of a run of four iterations, started elsewhere."""
+    folder = tmp_path_factory.mktemp('seg_trained')
+    return folder / 'run', run('train.py', config, '--work-dir', 'run', cwd=folder)
+
+
+def test_trains_saves_and_evaluates_from_another_folder(trained):
+    folder, output = trained
+    assert iterations(output) == [1, 2, 3, 4]
+    assert 'Preflight passed. train: 4 images, 3 classes' in output
+    assert 'decode.loss_ce: ' in output and re.search('Iter.val.*mIoU: ', output)
+    assert (folder / 'iter_2.pth').is_file() and (folder / 'iter_4.pth').is_file()
+
+
+def test_resume_on_two_processes_without_gpus(run, config, trained, tmp_path):
+    """The config has SyncBN, which no CPU has."""
+    folder, _ = trained
+    output = run(
+        'dist_train.sh',
+        config,
+        2,
+        '--work-dir',
+        tmp_path / 'run',
+        '--resume',
+        folder / 'iter_2.pth',
+        '--auto-scale-lr',
+        '--cfg-options',
+        'train_cfg.max_iters=3',
+        cwd=tmp_path,
+    )
+    assert iterations(output) == [3]
+    assert 'SyncBN needs GPUs' in output and 'current batch size is 4' in output
+    assert 'Iter(val) [2/2]' in output  # three images on two processes
+    saved = torch.load(tmp_path / 'run' / 'iter_3.pth', weights_only=False)
+    assert saved['meta']['iter'] == 3
+
+
+def test_augmented_test_draws_and_writes_label_images(run, config, trained, tmp_path):
+    checkpoint = trained[0] / 'iter_4.pth'
+    transforms = 'tta_pipeline.1.transforms.0.'
+    options = ['--tta', '--work-dir', tmp_path / 'run', '--show-dir', 'pictures']
+    options += ['--out', tmp_path / 'labels', '--cfg-options']
+    sides = enumerate((32, 48, 64, 40, 56, 80))
+    options += [f'{transforms}{i}.scale=({side * 4},{side})' for i, side in sides]
+    output = run('test.py', config, checkpoint, *options, cwd=tmp_path)
+    assert re.search(r'\| +box +\|', output) and 'mIoU: ' in output
+    pictures = sorted((tmp_path / 'run').glob('*/pictures/*.png'))
+    assert len(pictures) == 3
+    for picture in pictures:  # labels beside the prediction
+        assert Image.open(picture).size == (140, 50)
+    for path in sorted((tmp_path / 'labels').iterdir()):
+        labels = np.array(Image.open(path))
+        assert labels.shape == (50, 70) and labels.max() < 3
+    assert len(list((tmp_path / 'labels').iterdir())) == 3
+
+
+def test_label_images_of_others_are_not_overwritten(run, config, trained, tmp_path):
+    folder = config.parent / 'shapes' / 'val_labels'
+    output = run(
+        'test.py',
+        config,
+        trained[0] / 'iter_4.pth',
+        '--out',
+        folder,
+        cwd=tmp_path,
+        fails=True,
+    )
+    assert f'--out {folder}: the folder is not empty' in output
+    assert 'Traceback' not in output
+
+
+def test_label_outside_the_classes_is_named_in_training(run, config, dataset, tmp_path):
+    """As when the check before the run did not look at that very image."""
+    for path in (dataset / 'train_labels').iterdir():
+        labels = np.array(Image.open(path))
+        labels[20:25, 20:25] = 7
+        Image.fromarray(labels).save(path)
+    options = ['--cfg-options', f'train_dataloader.dataset.data_root={dataset}']
+    options += ['preflight.decode=0']
+    output = run('train.py', config, *options, cwd=tmp_path, fails=True)
+    last = output.splitlines()[-1]
+    assert re.search(r'train_labels/\d\.png holds the index 7 in 25 pixels', last)
+    assert '3 classes, 0 to 2, and ignores 255' in last
