@@ -7,6 +7,7 @@ attention nor into mmrest's tiled one; both get the count of the dense form here
 Softmax, activations, sums and RoIAlign are not counted.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,7 +112,7 @@ def complexity(
     model = model.eval()
     shape = _padded(model, shape)
     kwargs = {}
-    if hasattr(model, 'neck') and hasattr(model, 'predict'):
+    if hasattr(model, 'predict') and 'mmdet' in sys.modules:
         from mmdet.models.detectors import BaseDetector
 
         if isinstance(model, BaseDetector):

@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import os.path as osp
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ from mmengine.logging import print_log
 from .checkpoint import force_safe_loading
 from .config_scope import SCOPE, find_config
 
+# What each toolbox comes with, see setup.py.
+EXTRAS = dict(mmdet='det', mmseg='seg', mmpretrain='cls')
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 
 
@@ -65,12 +68,13 @@ def load_config(args: argparse.Namespace) -> Config:
         Config: With ``launcher`` and ``work_dir`` set.
 
     Raises:
-        LaunchError: If there is no such config.
+        LaunchError: If there is no such config, or its toolbox is not installed.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     # mmengine loads some addresses, and its OneDL twin some files, unsafely
     force_safe_loading()
     cfg = _read(args.config)
+    check_toolbox(cfg, args.config)
     cfg.launcher = args.launcher
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
@@ -97,6 +101,21 @@ def _read(name: str) -> Config:
             'e.g. mmrest::mask_rcnn/rest_small_fpn_1x.py.'
         )
     return Config.fromfile(name)
+
+
+def check_toolbox(cfg: Config, name: str) -> None:
+    """Check that the toolbox of a config's ``default_scope`` is installed.
+
+    Raises:
+        LaunchError: If it is not.
+    """
+    toolbox = cfg.get('default_scope')
+    if toolbox in EXTRAS and find_spec(toolbox) is None:
+        raise LaunchError(
+            f'{name} needs {toolbox}, which is not installed. Run pip install '
+            f"'mmrest[{EXTRAS[toolbox]}]', or take the packages of OneDL that "
+            'requirements/onedl.txt names.'
+        )
 
 
 def on_first_process() -> bool:

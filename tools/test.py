@@ -136,7 +136,7 @@ def main():
             write_results(cfg, args.out)
         launch.prepare_process_group(cfg)
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-        check_load_from(runner.model, cfg.load_from)
+        check_load_from(runner.model, cfg.load_from, hooks=runner.hooks)
         runner.test()
     except (launch.LaunchError, PreflightError, CheckpointError) as error:
         sys.exit(f'tools/test.py: {error}')

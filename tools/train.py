@@ -80,7 +80,9 @@ def check_start(runner: Runner, cfg: Config) -> None:
     if cfg.get('resume') and not start:
         start = find_latest_checkpoint(cfg.work_dir)
     if start:
-        check_load_from(runner.model, start, exact=bool(cfg.get('resume')))
+        check_load_from(
+            runner.model, start, exact=bool(cfg.get('resume')), hooks=runner.hooks
+        )
 
 
 def main():

@@ -6,10 +6,12 @@
 ``state_dicts.py``    the tensors in it, whatever they are wrapped in
 ``loading.py``        tensors go into a module: all that fit, or none
 ``runner_check.py``   will mmengine's ``load_from`` do what is meant?
+``classifier.py``     published classifiers in MMPretrain's model
 ``safe_globals.py``   what safe loading needs for mmengine's own checkpoints
 ====================  ====================================================
 """
 
+from .classifier import PublishedClassifierHook, to_image_classifier
 from .errors import CheckpointError
 from .loading import LoadReport, load_pretrained
 from .reading import read_checkpoint
@@ -20,10 +22,12 @@ from .state_dicts import read_state_dict
 __all__ = [
     'CheckpointError',
     'LoadReport',
+    'PublishedClassifierHook',
     'allow_mmengine_checkpoints',
     'check_load_from',
     'force_safe_loading',
     'load_pretrained',
     'read_checkpoint',
     'read_state_dict',
+    'to_image_classifier',
 ]

@@ -9,10 +9,12 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 
+from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import Tensor, nn
 
+from .classifier import PublishedClassifierHook
 from .errors import CheckpointError, RefusedError, shorten
 from .loading import COUNTER, adapt, compare, describe_defects
 from .reading import Source, read_checkpoint
@@ -27,6 +29,7 @@ def check_load_from(
     source: Source,
     exact: bool = True,
     may_be_new: Sequence[str] = NEW_IN_BACKBONE,
+    hooks: Sequence[Hook] = (),
 ) -> None:
     """Check a checkpoint that mmengine's Runner is about to load.
 
@@ -38,6 +41,8 @@ def check_load_from(
             is logged, but ``backbone`` must fit. Default: True.
         may_be_new (Sequence[str]): What the file may lack of the backbone if
             ``exact`` is False. Default: its norms of stages 1 to 3.
+        hooks (Sequence[Hook]): The Runner's hooks, of which
+            ``PublishedClassifierHook`` changes what is read. Default: ().
 
     Raises:
         CheckpointError: If the file cannot be read safely, or mmengine would
@@ -53,6 +58,9 @@ def check_load_from(
             print_log(f'Not checked: {error}', logger='current', level=logging.WARNING)
             return
         raise
+    for hook in hooks:
+        if isinstance(hook, PublishedClassifierHook) and isinstance(checkpoint, dict):
+            hook.after_load_checkpoint(None, checkpoint)
     tensors = adapt(model, _as_mmengine_reads(checkpoint, source))
     target = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
     fitting, problems = compare(tensors, target)

@@ -1,0 +1,4 @@
+# EMSA without the interaction of the heads and without InstanceNorm.
+_base_ = '../imagenet/rest_lite_8xb128_in1k.py'
+
+model = dict(backbone=dict(attn_cfg='emsa_without_both'))

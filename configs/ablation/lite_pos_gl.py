@@ -1,0 +1,4 @@
+# Position: x + depthwise convolution.
+_base_ = '../imagenet/rest_lite_8xb128_in1k.py'
+
+model = dict(backbone=dict(pos_cfg='gl'))

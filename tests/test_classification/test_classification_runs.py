@@ -1,0 +1,65 @@
+"""A classifier through the tools: training, averaging, testing, and a detector."""
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+
+@pytest.fixture(scope='module')
+def trained(class_folders, run):
+    """One epoch, and a second one with averaged weights that resumes it."""
+    work = class_folders / 'work'
+    run('train.py', 'config.py', '--work-dir', work, cwd=class_folders)
+    config = class_folders / 'ema.py'
+    config.write_text(
+        "_base_ = './config.py'\n"
+        'train_cfg = dict(max_epochs=2)\n'
+        "custom_hooks = [dict(type='EMAHook', momentum=0.3)]\n"
+    )
+    output = run('train.py', config, '--work-dir', work, '--resume', cwd=class_folders)
+    assert 'Epoch(train) [2]' in output and 'Epoch(train) [1]' not in output
+    return work
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('epoch', [1, 2])
+def test_a_trained_classifier_goes_into_a_detector(trained, repo, epoch):
+    path = trained / f'epoch_{epoch}.pth'
+    saved = torch.load(path, weights_only=True)
+    assert ('ema_state_dict' in saved) is (epoch == 2)
+    arch = Config.fromfile(trained.parent / 'config.py').model.backbone.arch
+    cfg = Config.fromfile(str(repo / 'configs/retinanet/rest_lite_fpn_1x.py'))
+    init_default_scope(cfg.default_scope)
+    cfg.model.backbone.arch = arch
+    cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=str(path))
+    cfg.model.neck.in_channels = [16, 24, 32]
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    state = saved['state_dict']
+    for key, tensor in model.backbone.state_dict().items():
+        if not key.startswith(('norm1.', 'norm2.', 'norm3.')):
+            assert torch.equal(tensor, state[f'backbone.{key}']), key
+    if epoch == 2:  # the averaged weights, not those of the last step
+        raw = saved['ema_state_dict']['module.backbone.stem.conv1.weight']
+        assert not torch.equal(raw, state['backbone.stem.conv1.weight'])
+
+
+@pytest.mark.slow
+def test_a_published_file_is_tested_as_it_is(trained, class_folders, run, metrics):
+    """The trained weights in published form give the accuracy of the own file."""
+    state = torch.load(trained / 'epoch_1.pth', weights_only=True)['state_dict']
+    published = {
+        key.replace('backbone.', '').replace('head.fc.', 'head.'): tensor
+        for key, tensor in state.items()
+    }
+    torch.save(dict(model=published), class_folders / 'published.pth')
+    work = class_folders / 'tested'
+    output = run(
+        'test.py', 'config.py', 'published.pth', '--work-dir', work, '--tta',
+        cwd=class_folders,
+    )  # fmt: skip
+    assert 'Load checkpoint from' in output
+    found = metrics(work)
+    assert 0 <= found['accuracy/top1'] <= found['accuracy/top5'] <= 100
+    assert found['accuracy/top5'] > 0
