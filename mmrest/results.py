@@ -14,8 +14,12 @@ from mmengine.fileio import load
 
 from .config_scope import config_root
 
-# What CocoMetric calls the figures of the index; it gives them in 0..1.
-METRICS = {'box AP': 'coco/bbox_mAP', 'mask AP': 'coco/segm_mAP'}
+# What the metrics call the figures of the index, and the factor to percent.
+METRICS = {
+    'box AP': ('coco/bbox_mAP', 100),
+    'mask AP': ('coco/segm_mAP', 100),
+    'top-1': ('accuracy/top1', 1),
+}
 # Room for the rounding of decimal numbers.
 SLACK = 1e-6
 
@@ -29,7 +33,7 @@ class Expected:
     """What a checkpoint of a config should reach.
 
     Attributes:
-        metrics (dict[str, float]): AP in percent by name, e.g. ``'box AP'``.
+        metrics (dict[str, float]): figures in percent by name, e.g. ``'box AP'``.
         tolerance (float): largest difference in percent.
         kind (str): what kind of figure it is and from where.
     """
@@ -63,6 +67,15 @@ def _metrics(model: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
+def _tolerance(model: Mapping[str, Any]) -> float:
+    meta = model['Metadata']
+    return meta['Tolerance (points)' if _is_classifier(model) else 'Tolerance (AP)']
+
+
+def _is_classifier(model: Mapping[str, Any]) -> bool:
+    return any(r['Task'] == 'Image Classification' for r in model['Results'])
+
+
 def expected(cfg: Config, name: str, root: Optional[Path] = None) -> Expected:
     """Find the expected figures of a config.
 
@@ -84,7 +97,7 @@ def expected(cfg: Config, name: str, root: Optional[Path] = None) -> Expected:
         unknown = [key for key in own.get('metrics', {}) if key not in METRICS]
         if missing or unknown or not own['metrics']:
             raise ResultsError(
-                'expected_results of the config takes metrics (AP in percent by '
+                'expected_results of the config takes metrics (in percent by '
                 f'{" or ".join(METRICS)}), tolerance and kind; missing: {missing}, '
                 f'unknown metrics: {unknown}'
             )
@@ -97,7 +110,7 @@ def expected(cfg: Config, name: str, root: Optional[Path] = None) -> Expected:
                 f'{meta["Figures"]} figures, for {meta["Weights To Check"]} weights '
                 '(the model index)'
             )
-            return Expected(_metrics(model), meta['Tolerance (AP)'], kind)
+            return Expected(_metrics(model), _tolerance(model), kind)
     raise ResultsError(
         f'no expected figures for {name}: neither does the config have '
         'expected_results, nor does the model index list it'
@@ -119,12 +132,13 @@ def compare(measured: Mapping[str, float], figures: Expected) -> tuple[bool, str
     """
     agree, lines = True, [f'compared with {figures.kind}']
     for name, wanted in figures.metrics.items():
-        if METRICS[name] not in measured:
+        key, factor = METRICS[name]
+        if key not in measured:
             raise ResultsError(
                 f'{name} was not measured: the evaluation gave '
-                f'{", ".join(sorted(measured)) or "nothing"}, not {METRICS[name]}'
+                f'{", ".join(sorted(measured)) or "nothing"}, not {key}'
             )
-        found = 100 * measured[METRICS[name]]
+        found = factor * measured[key]
         inside = abs(found - wanted) <= figures.tolerance + SLACK
         agree &= inside
         lines.append(
@@ -135,7 +149,7 @@ def compare(measured: Mapping[str, float], figures: Expected) -> tuple[bool, str
 
 
 def render_table(root: Optional[Path] = None) -> str:
-    """Write the models of the index as a Markdown table, for the README.
+    """Write the detectors of the index as a Markdown table, for the README.
 
     Args:
         root (Path, optional): as in :func:`read_index`.
@@ -149,6 +163,8 @@ def render_table(root: Optional[Path] = None) -> str:
         '|---|---|---|---|---|---|',
     ]
     for model in read_index(root):
+        if _is_classifier(model):
+            continue
         meta, metrics = model['Metadata'], _metrics(model)
         name = Path(model['Config'])
         lines.append(

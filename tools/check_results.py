@@ -34,7 +34,7 @@ def main() -> int:
             check_config(cfg, 'test')
         launch.prepare_process_group(cfg)
         runner = Runner.from_cfg(cfg)
-        check_load_from(runner.model, cfg.load_from)
+        check_load_from(runner.model, cfg.load_from, hooks=runner.hooks)
         agree, text = compare(runner.test(), figures)
     except (
         launch.LaunchError,

@@ -25,6 +25,14 @@ def test_compare(box, mask, agree):
     assert ('DIFFERS' in text) is not agree
 
 
+def test_accuracy_comes_in_percent(repo):
+    name = 'configs/imagenet/rest_base_8xb128_in1k.py'
+    figures = expected(Config(), name, repo)
+    assert figures.metrics == {'top-1': 81.6} and figures.tolerance == 0.1
+    assert compare({'accuracy/top1': 81.55, 'accuracy/top5': 95.0}, figures)[0]
+    assert not compare({'accuracy/top1': 80.9}, figures)[0]
+
+
 def test_a_missing_metric_is_no_agreement():
     with pytest.raises(ResultsError, match='mask AP was not measured'):
         compare({'coco/bbox_mAP': 0.403}, FIGURES)

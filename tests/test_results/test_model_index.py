@@ -18,9 +18,36 @@ PUBLISHED = {
 }
 
 
+CLASSIFIERS = {'lite': 77.2, 'small': 79.6, 'base': 81.6, 'large': 83.6}
+
+
 @pytest.fixture(scope='module')
-def models(repo):
+def index(repo):
     return read_index(repo)
+
+
+@pytest.fixture(scope='module')
+def models(index):
+    """The detectors."""
+    return [m for m in index if not m['Name'].startswith('imagenet_')]
+
+
+@pytest.mark.parametrize('arch', list(CLASSIFIERS))
+def test_classifiers(arch, index, repo):
+    (model,) = (m for m in index if m['Name'] == f'imagenet_rest_{arch}_8xb128_in1k')
+    assert model['Config'] == f'configs/imagenet/rest_{arch}_8xb128_in1k.py'
+    cfg = Config.fromfile(repo / model['Config'])
+    meta = model['Metadata']
+    assert meta['Figures'] == meta['Weights To Check'] == 'published'
+    assert meta['Epochs'] == cfg.train_cfg.max_epochs
+    (result,) = model['Results']
+    assert result['Metrics'] == {'top-1': CLASSIFIERS[arch]}
+    from mmpretrain.registry import MODELS
+
+    init_default_scope('mmpretrain')
+    counted = complexity(MODELS.build(cfg.model), (224, 224))
+    assert meta['Parameters'] == counted.params['total']
+    assert meta['FLOPs'] == pytest.approx(counted.flops['total'], rel=1e-3)
 
 
 def test_every_model_is_complete(models, repo):

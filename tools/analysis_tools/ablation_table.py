@@ -31,7 +31,7 @@ def build(path: Path) -> torch.nn.Module:
     cfg = Config.fromfile(str(path))
     init_default_scope(cfg.default_scope)
     model = MODELS.build(cfg.model)
-    model.init_weights()
+    model.backbone.init_weights()  # the model's own would log every parameter
     return model
 
 
