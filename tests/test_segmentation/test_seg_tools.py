@@ -96,3 +96,14 @@ def test_label_outside_the_classes_is_named_in_training(run, config, dataset, tm
     last = output.splitlines()[-1]
     assert re.search(r'train_labels/\d\.png holds the index 7 in 25 pixels', last)
     assert '3 classes, 0 to 2, and ignores 255' in last
+
+
+def test_inferencer_of_mmseg(config, trained, dataset):
+    from mmseg.apis import MMSegInferencer
+
+    weights = str(trained[0] / 'iter_4.pth')
+    inferencer = MMSegInferencer(model=str(config), weights=weights, device='cpu')
+    images = [str(path) for path in sorted((dataset / 'val').iterdir())]
+    predictions = inferencer(images)['predictions']
+    assert [labels.shape for labels in predictions] == [(50, 70)] * 3
+    assert tuple(inferencer.model.dataset_meta['classes']) == ('ground', 'box', 'disc')
