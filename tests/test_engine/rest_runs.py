@@ -41,13 +41,13 @@ class Regressor(BaseModel):
 
 
 class Images(Dataset):
-    """Images of 32x32 pixels with ids and paths; those in ``bad`` hold a NaN."""
+    """Images of 64x64 pixels with ids and paths; those in ``bad`` hold a NaN."""
 
     metainfo = dict(classes=('a',))
 
     def __init__(self, count=8, bad=()):
         generator = torch.Generator().manual_seed(0)
-        self.images = torch.rand(count, 3, 32, 32, generator=generator)
+        self.images = torch.rand(count, 3, 64, 64, generator=generator)
         self.targets = torch.rand(count, generator=generator)
         for index in bad:
             self.images[index, 0, 3, 3] = torch.nan
