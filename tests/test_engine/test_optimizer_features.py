@@ -92,9 +92,10 @@ def test_ema_follows_its_formula_and_resumes(tmp_path):
     train(half, model(), iters=2, **options)
     runner = build(half, model(), randomness=SEED, iters=4, resume=True, **options)
     runner.train()
+    resumed = saved(half, 4)
     for key in ('state_dict', 'ema_state_dict'):
         for name, value in second[key].items():
-            assert torch.equal(saved(half, 4)[key][name], value), (key, name)
+            assert torch.equal(resumed[key][name], value), (key, name)
 
 
 @pytest.mark.parametrize('constructor', [None, 'LayerDecayOptimWrapperConstructor'])
