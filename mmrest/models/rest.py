@@ -1,8 +1,9 @@
 """ResT, an efficient multi-scale vision Transformer (arXiv:2105.13677)."""
 
 from collections.abc import Sequence
+from functools import partial
 from numbers import Integral
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 from mmengine.model import BaseModule
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ..checkpoint import load_pretrained
 from ..ops.attention import check_attn_impl
 from .arch import NUM_STAGES, resolve_arch
+from .batch_statistics import has_live_statistics, keep_statistics_when_repeated
 from .layers import Block, PatchEmbed, to_map, to_tokens
 from .parts import (
     ATTENTIONS,
@@ -55,8 +57,9 @@ class ResT(BaseModule):
             trained for stages 1 to 3, stay trainable. Default: -1.
         norm_eval (bool): Whether all BatchNorms stay in evaluation mode.
             Default: False.
-        with_cp (bool): Whether the activations of blocks are computed again in
-            the backward pass instead of being stored. Default: False.
+        with_cp (bool): Whether the activations of stem, patch embeddings and blocks
+            are computed again in the backward pass instead of being stored. The
+            statistics of BatchNorms are updated once all the same. Default: False.
         norm_cfg (dict): The norms of stem and patch embeddings.
             Default: ``dict(type='BN')``.
         out_norm (str): ``'chain'``, as in the published detectors: the normalised
@@ -193,15 +196,12 @@ class ResT(BaseModule):
         x = x.contiguous(memory_format=torch.channels_last)
         outs = []
         for i in range(self.num_stages):
-            x = self._entry(i)(x)
+            x = self._run(self._entry(i), x)
             size = (x.shape[2], x.shape[3])
             # B, C, H, W -> B, N, C
             x = to_tokens(x)
             for block in self._blocks(i):
-                if self.with_cp and torch.is_grad_enabled():
-                    x = checkpoint(block, x, size, use_reentrant=False)
-                else:
-                    x = block(x, size)
+                x = self._run(block, x, size)
             if i in self.out_indices:
                 out = getattr(self, self._out_norm_name(i))(x)
                 if self.out_norm == 'chain':
@@ -266,6 +266,17 @@ class ResT(BaseModule):
             if name.startswith(f'stage{i + 1}.'):
                 return sum(depths[:i]) + int(name.split('.')[1]) + 1, num_layers
         return num_layers - 1, num_layers
+
+    def _run(self, module: nn.Module, *args: Any) -> Tensor:
+        """Call a module, with ``with_cp`` so that it stores its inputs alone."""
+        if not self.with_cp or not torch.is_grad_enabled():
+            return module(*args)
+        options = {}
+        if has_live_statistics(module):
+            if torch.compiler.is_compiling():  # which knows no context_fn
+                return module(*args)
+            options['context_fn'] = partial(keep_statistics_when_repeated, module)
+        return checkpoint(module, *args, use_reentrant=False, **options)
 
     def _freeze_stages(self) -> None:
         if self.frozen_stages >= 0:
