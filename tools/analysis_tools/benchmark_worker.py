@@ -107,15 +107,19 @@ def _serve(
     try:
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        step = _make_step(subject, settings)
+        device = torch.device(settings.device)
+        step = _make_step(subject, settings, device)
+        # the image is no part of the memory that is measured
+        image = torch.randn(settings.batch, 3, *shape, device=device)
+        small = torch.randn(settings.batch, 3, *SMALL_SHAPE, device=device)
         # a compiled model is one for each shape: compile before memory is measured
-        step(shape if subject.compile else SMALL_SHAPE)
+        step(image if subject.compile else small)
         _limit_memory(settings)
-        connection.send(('memory', _peak_memory(lambda: step(shape), settings.device)))
+        connection.send(('memory', _peak_memory(lambda: step(image), device)))
         for _ in range(settings.warmup):
-            step(shape)
+            step(image)
         while connection.recv() == 'step':
-            connection.send(('time', step(shape)))
+            connection.send(('time', step(image)))
     except EOFError:  # the parent has what it wants
         return
     except Exception as error:
@@ -131,17 +135,14 @@ def _reason(error: Exception) -> str:
     return f'{type(error).__name__}: {line}'
 
 
-def _make_step(subject: Subject, settings: Settings) -> Callable[[Shape], float]:
-    """A function that runs one step at a shape and returns its seconds."""
-    device = torch.device(settings.device)
+def _make_step(
+    subject: Subject, settings: Settings, device: torch.device
+) -> Callable[[torch.Tensor], float]:
+    """A function that runs one step on images and returns its seconds."""
     run = _product(subject, device) if subject.matmul else None
     run = run or _backbone(subject, settings, device)
-    images = {}
 
-    def step(shape: Shape) -> float:
-        if shape not in images and not subject.matmul:
-            images[shape] = torch.randn(settings.batch, 3, *shape, device=device)
-        image = images.get(shape)
+    def step(image: torch.Tensor) -> float:
         _synchronize(device)
         start = time.perf_counter()
         run(image)
@@ -191,10 +192,10 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _peak_memory(run: Callable, device: str) -> Optional[int]:
+def _peak_memory(run: Callable, device: torch.device) -> Optional[int]:
     """Bytes that ``run`` takes at its peak; None where the system cannot tell."""
     gc.collect()
-    if torch.device(device).type == 'cuda':
+    if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
