@@ -8,9 +8,12 @@
 ``runner_check.py``   will mmengine's ``load_from`` do what is meant?
 ``classifier.py``     published classifiers in MMPretrain's model
 ``safe_globals.py``   what safe loading needs for mmengine's own checkpoints
+``addresses.py``      mmengine's own loader reads addresses safely
+``writing.py``        files that are written whole or not at all
 ====================  ====================================================
 """
 
+from .addresses import read_addresses_safely
 from .classifier import PublishedClassifierHook, to_image_classifier
 from .errors import CheckpointError
 from .loading import LoadReport, load_pretrained
@@ -18,15 +21,18 @@ from .reading import read_checkpoint
 from .runner_check import check_load_from
 from .safe_globals import allow_mmengine_checkpoints, force_safe_loading
 from .state_dicts import read_state_dict
+from .writing import CheckpointWriteError
 
 __all__ = [
     'CheckpointError',
+    'CheckpointWriteError',
     'LoadReport',
     'PublishedClassifierHook',
     'allow_mmengine_checkpoints',
     'check_load_from',
     'force_safe_loading',
     'load_pretrained',
+    'read_addresses_safely',
     'read_checkpoint',
     'read_state_dict',
     'to_image_classifier',

@@ -1,5 +1,6 @@
 """Hooks and what else MMEngine's Runner takes from this package."""
 
+from .checkpointing import WholeCheckpointHook
 from .label_range import LabelRangeHook
 from .numerics import CheckNonFiniteHook, NonFiniteError
 from .optim import LayerDecayOptimWrapperConstructor
@@ -9,4 +10,5 @@ __all__ = [
     'LayerDecayOptimWrapperConstructor',
     'LabelRangeHook',
     'NonFiniteError',
+    'WholeCheckpointHook',
 ]

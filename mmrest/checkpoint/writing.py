@@ -1,0 +1,195 @@
+"""Files that are written whole or not at all, whenever the process is killed.
+
+A file is written under another name beside its place, brought to the disk, and
+only then given its name, which replaces an older file in one step. Whoever looks,
+before or after a kill or a power failure, finds the old content or the new.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Optional, Union
+
+from mmengine.dist import all_gather_object, is_main_process
+
+from .errors import CheckpointError
+
+# what a killed process leaves behind ends in this
+UNFINISHED = '.mmrest-unfinished'
+
+# what torch's zip writer raises instead of an OSError
+_WRITER_ERRORS = ('PytorchStreamWriter', 'inline_container', 'iostream error')
+# of file systems that cannot bring a folder to the disk
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
+
+
+class CheckpointWriteError(CheckpointError):
+    """A checkpoint could not be written; what was there before is whole."""
+
+
+def write_whole(path: Union[str, os.PathLike], content: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Args:
+        path (str | Path): The file; one that exists is replaced. Its folder is
+            created.
+        content (bytes): What it holds.
+
+    Raises:
+        CheckpointWriteError: If that fails. An older file is untouched.
+    """
+    with _described(path):
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        try:
+            with open(f'{path}{UNFINISHED}', 'wb') as file:
+                file.write(content)
+            put_in_place(path)
+        except BaseException:
+            _remove_quietly(f'{path}{UNFINISHED}')
+            raise
+
+
+def save_whole(path: str, save: Callable[[str], None]) -> None:
+    """Let a function write a file or folder, whole or not at all.
+
+    All processes of a distributed run call it together. It returns on all of them
+    or raises on all of them, so that none waits for one that has failed.
+
+    Args:
+        path (str): The file or folder, the same on each process.
+        save (callable): Called on each process with the name to write under. It
+            may write on the first process only.
+
+    Raises:
+        CheckpointWriteError: If a process could not write, on every process. An
+            older file or folder is untouched.
+    """
+    beside = f'{path}{UNFINISHED}'
+    problem = _attempt(path, lambda: save(beside))
+    problem = _any_of_all(problem)  # from here on all have written
+    if problem is None:
+        if is_main_process():
+            problem = _attempt(path, lambda: put_in_place(path))
+        problem = _any_of_all(problem)
+    if problem is not None:
+        if is_main_process():
+            _remove_quietly(beside)
+        raise CheckpointWriteError(problem)
+
+
+def put_in_place(path: Union[str, os.PathLike]) -> None:
+    """Give what was written beside ``path`` its name, once it is on the disk.
+
+    Args:
+        path (str | Path): A file, or a folder (of a sharded checkpoint).
+
+    Raises:
+        OSError: If that fails.
+    """
+    beside = f'{path}{UNFINISHED}'
+    is_folder = os.path.isdir(beside)
+    parts = Path(beside).rglob('*') if is_folder else [Path(beside)]
+    for part in parts:
+        _sync(part)
+    if is_folder:
+        _sync(Path(beside))
+        if os.path.isdir(path):  # a folder replaces an empty one only
+            shutil.rmtree(path)
+    os.replace(beside, path)
+    _sync(Path(path).absolute().parent)
+
+
+def remove_unfinished(folder: Union[str, os.PathLike]) -> list[str]:
+    """Remove what processes that were killed while writing have left in a folder.
+
+    Args:
+        folder (str | Path): Where checkpoints are; subfolders are not looked at.
+
+    Returns:
+        list[str]: The names that were removed.
+    """
+    try:
+        names = sorted(n for n in os.listdir(folder) if n.endswith(UNFINISHED))
+    except FileNotFoundError:
+        return []
+    for name in names:
+        _remove_quietly(os.path.join(folder, name))
+    return names
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    is_folder = path.is_dir()
+    if is_folder and os.name == 'nt':
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (is_folder and error.errno in _NO_FOLDER_SYNC):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _remove_quietly(path: str) -> None:
+    with contextlib.suppress(OSError):
+        if os.path.isdir(path):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            os.remove(path)
+
+
+def _attempt(path: str, action: Callable[[], None]) -> Optional[str]:
+    """Return what went wrong; only errors of writing count."""
+    try:
+        with _described(path):
+            action()
+    except CheckpointWriteError as error:
+        return str(error)
+    return None
+
+
+def _any_of_all(problem: Optional[str]) -> Optional[str]:
+    """The first problem of any process. Every process waits for the others."""
+    return next((p for p in all_gather_object(problem) if p is not None), None)
+
+
+@contextlib.contextmanager
+def _described(path: Union[str, os.PathLike]) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(
+            sign in str(error) for sign in _WRITER_ERRORS
+        ):
+            raise
+        raise CheckpointWriteError(_describe(path, error)) from error
+
+
+def _describe(path: Union[str, os.PathLike], error: Exception) -> str:
+    code = getattr(error, 'errno', None)
+    reason = os.strerror(code) if code else str(error)
+    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        space = f'{shutil.disk_usage(folder).free:,} bytes are free in {folder}'
+    except OSError as usage_error:
+        space = f'{folder} cannot be looked at ({usage_error.strerror})'
+    if code in (errno.EROFS, errno.EACCES, errno.EPERM):
+        advice = 'Make the folder writable, or choose another with --work-dir'
+    else:
+        if code == errno.EDQUOT:
+            space += ', but your quota is used up'
+        advice = (
+            'Free space, or keep fewer checkpoints '
+            '(default_hooks.checkpoint.max_keep_ckpts), or put them elsewhere '
+            '(default_hooks.checkpoint.out_dir)'
+        )
+    return (
+        f'{path} could not be written: {reason}. {space}. Earlier checkpoints are '
+        f'whole, and nothing of this one is left. {advice}; then continue with '
+        '--resume.'
+    )

@@ -1,0 +1,281 @@
+"""Checkpoints that are whole at every moment, and with which a run continues exactly.
+
+MMEngine's ``CheckpointHook`` writes into the file itself and removes the oldest
+checkpoint before, so that a process killed meanwhile leaves half a file, and perhaps
+no other. The hook here has the same options and writes through
+:mod:`mmrest.checkpoint.writing`.
+"""
+
+import hashlib
+import io
+import os
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from mmengine.dist import is_main_process, master_only
+from mmengine.fileio import LocalBackend
+from mmengine.hooks import CheckpointHook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from mmrest.checkpoint import read_checkpoint
+from mmrest.checkpoint.writing import remove_unfinished, save_whole, write_whole
+
+from . import random_states
+from .resuming import restore_when_data_is_advanced
+
+# where the states are in a checkpoint
+RANDOM_STATES = 'random_states'
+
+
+@HOOKS.register_module()
+class WholeCheckpointHook(CheckpointHook):
+    """MMEngine's ``CheckpointHook``, safe against a kill at any moment.
+
+    All options are those of ``CheckpointHook``. In addition:
+
+    - Checkpoints, best checkpoints, published ones and ``last_checkpoint`` are
+      written whole or not at all. ``last_checkpoint`` is written after the file that
+      it names, and older checkpoints are removed after that. What a killed process
+      was writing is removed when the next training starts in the same folder.
+    - A failing write (disk full, read-only) ends the run on all processes, with
+      the reason; earlier files are untouched.
+    - The random states of all processes are saved and, on resuming, restored right
+      before the first new batch. A validation leaves them as they were. With a fixed
+      ``randomness.seed`` and as many processes as before, the run then continues
+      bit by bit where the hardware computes the same twice, with the exceptions
+      below.
+
+    A resumed run differs, in its augmentations or its data,
+
+    - in epoch-based training with ``num_workers > 0`` and ``persistent_workers=True``:
+      the workers' random states go on from epoch to epoch, and new workers start from
+      the seed. ``persistent_workers=False`` continues exactly. In iteration-based
+      training MMEngine draws all batches of the past again, so they agree;
+    - if a checkpoint is resumed that was saved within an epoch of epoch-based
+      training: MMEngine starts that epoch again;
+    - with transforms that keep images from earlier batches (``Mosaic`` with a cache)
+      and ``num_workers=0``;
+    - on OneDL's MMEngine with ``num_workers > 0`` where it skips the past data
+      without loading it;
+    - if gradients are accumulated and a checkpoint falls between two steps: what was
+      accumulated is not saved. Choose ``interval`` as a multiple of
+      ``accumulative_counts``.
+
+    A validation that was interrupted is not repeated by MMEngine.
+
+    Only local files are treated so; with a remote ``backend_args`` or the deprecated
+    ``file_client_args`` MMEngine's own way is taken, with the random states.
+
+    Raises:
+        CheckpointWriteError: If a file cannot be written.
+    """
+
+    _local = False
+    _saved_states: Optional[list] = None
+    _loaded_states: Optional[list] = None
+    _before_val: Optional[dict] = None
+    _postponed: Optional[list] = None
+
+    def before_train(self, runner: Runner) -> None:
+        """Clear up after a killed process, and prepare to continue exactly."""
+        super().before_train(runner)
+        self._local = self.file_client_args is None and isinstance(
+            self.file_backend, LocalBackend
+        )
+        if self._local:
+            self.file_backend = _RemovesLater()
+            if is_main_process():
+                self._clear_up(runner)
+        self._continue_random_states(runner)
+
+    def after_train(self, runner: Runner) -> None:
+        """Publish, and remove what is out of date."""
+        super().after_train(runner)
+        if self._local:
+            self._remove_outdated()
+
+    def before_val(self, runner: Runner) -> None:
+        """Keep the random states of the training."""
+        self._before_val = random_states.capture()
+
+    def after_val(self, runner: Runner) -> None:
+        """Let the training go on as if there had been no validation."""
+        if self._before_val is not None:
+            random_states.restore(self._before_val)
+            self._before_val = None
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Add the random states to a checkpoint from which a run can continue."""
+        if self._saved_states is not None:
+            checkpoint[RANDOM_STATES] = self._saved_states
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Take the random states; used if the run is resumed."""
+        self._loaded_states = checkpoint.get(RANDOM_STATES)
+
+    def _clear_up(self, runner: Runner) -> None:
+        for folder in {str(self.out_dir), runner.work_dir}:
+            for name in remove_unfinished(folder):
+                runner.logger.info(
+                    f'Removed {os.path.join(folder, name)}, which a process that was '
+                    'killed had begun to write.'
+                )
+
+    def _continue_random_states(self, runner: Runner) -> None:
+        states, self._loaded_states = self._loaded_states, None
+        if not (runner.iter or runner.epoch):
+            return  # load_from starts a new run
+        if states is None:
+            runner.logger.info(
+                'The checkpoint holds no random states; augmentations and dropout '
+                'will differ from those of a run without interruption.'
+            )
+            return
+        try:
+            own = random_states.own(states)
+        except LookupError as reason:
+            runner.logger.warning(
+                f'{reason}, so that the data are dealt out otherwise and the run '
+                'continues with other random numbers.'
+            )
+            return
+        restore_when_data_is_advanced(runner, lambda: random_states.restore(own))
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        if self._postponed is not None:
+            self._postponed.append((step, meta))
+            return
+        self._saved_states = random_states.gather(
+            self._before_val or random_states.capture()
+        )
+        try:
+            if self._local:
+                self._save_whole(runner, step, meta)
+            else:
+                super()._save_checkpoint_with_step(runner, step, meta)
+        finally:
+            self._saved_states = None
+
+    def _save_whole(self, runner: Runner, step: int, meta: dict) -> None:
+        kept = self._note_kept(runner, step)
+        path = os.path.join(self.out_dir, self.filename_tmpl.format(step))
+        runner.message_hub.update_info('last_ckpt', path)
+        _WritesWhole(runner).save_checkpoint(
+            self.out_dir,
+            os.path.basename(path),
+            save_optimizer=self.save_optimizer,
+            save_param_scheduler=self.save_param_scheduler,
+            meta=meta,
+            by_epoch=self.by_epoch,
+            backend_args=self.backend_args,
+            **self.args,
+        )
+        self.last_ckpt = path
+
+        def name_it(beside: str) -> None:
+            if is_main_process():
+                Path(beside).write_text(path)
+
+        save_whole(os.path.join(runner.work_dir, 'last_checkpoint'), name_it)
+        self._remove_outdated()
+        if kept is not None:
+            runner.message_hub.update_info('keep_ckpt_ids', kept)
+
+    def _note_kept(self, runner: Runner, step: int) -> Optional[list[int]]:
+        """Say which checkpoints are to be kept, and which one no longer.
+
+        The file that is saved next also names the one that will be removed after it:
+        should the process be killed in between, MMEngine removes it on resuming.
+        """
+        if self.max_keep_ckpts <= 0:
+            return None
+        known = list(self.keep_ckpt_ids)
+        if known[-1:] != [step]:
+            known.append(step)
+        runner.message_hub.update_info('keep_ckpt_ids', list(known))
+        for outdated in known[: -self.max_keep_ckpts]:
+            name = self.filename_tmpl.format(outdated)
+            self.file_backend.remove(os.path.join(self.out_dir, name))
+        self.keep_ckpt_ids.clear()
+        self.keep_ckpt_ids.extend(known[-self.max_keep_ckpts :])
+        return list(self.keep_ckpt_ids)
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        if not (self.save_best and self._local):
+            super()._save_best_checkpoint(runner, metrics)
+            return
+        # the latest checkpoint, which is to name the best one, comes after it
+        self._postponed = []
+        try:
+            super()._save_best_checkpoint(_WritesWhole(runner), metrics)
+        finally:
+            postponed, self._postponed = self._postponed, None
+        for step, meta in postponed:
+            self._save_checkpoint_with_step(runner, step, meta)
+
+    @master_only
+    def _publish_model(self, runner: Runner, ckpt_path: str) -> None:
+        """Save a checkpoint with ``published_keys`` only, named by its digest."""
+        if not self._local:
+            super()._publish_model(runner, ckpt_path)
+            return
+        checkpoint = read_checkpoint(ckpt_path)
+        removed = [key for key in checkpoint if key not in self.published_keys]
+        kept = {key: checkpoint[key] for key in checkpoint if key not in removed}
+        buffer = io.BytesIO()
+        torch.save(kept, buffer)
+        digest = hashlib.sha256(buffer.getbuffer()).hexdigest()[:8]
+        path = f'{os.path.splitext(ckpt_path)[0]}-{digest}.pth'
+        write_whole(path, buffer.getbuffer())
+        runner.logger.info(
+            f'{ckpt_path} is published as {path}, without {", ".join(removed)}.'
+        )
+
+    def _remove_outdated(self) -> None:
+        """Remove what newer files, now whole, have replaced."""
+        best = list(getattr(self, 'best_ckpt_path_dict', {}).values())
+        best.append(getattr(self, 'best_ckpt_path', None))
+        self.file_backend.remove_waiting({self.last_ckpt, *best})
+
+
+class _RemovesLater(LocalBackend):
+    """Local files; what is to be removed is first remembered."""
+
+    def __init__(self) -> None:
+        self._waiting: list[str] = []
+
+    def remove(self, filepath: Any) -> None:
+        self._waiting.append(os.fspath(filepath))
+
+    rmtree = remove
+
+    def remove_waiting(self, needed: set) -> None:
+        """Remove all of them, on the first process, except those in ``needed``."""
+        waiting, self._waiting = self._waiting, []
+        if not is_main_process():
+            return
+        for path in waiting:
+            if path in needed:
+                continue
+            if os.path.isdir(path):  # a sharded checkpoint
+                super().rmtree(path)
+            elif os.path.exists(path):
+                super().remove(path)
+
+
+class _WritesWhole:
+    """A Runner of which ``save_checkpoint`` writes a file whole or not at all."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def save_checkpoint(self, out_dir: str, filename: str, **kwargs: Any) -> None:
+        def save(beside: str) -> None:
+            self._runner.save_checkpoint(out_dir, os.path.basename(beside), **kwargs)
+
+        save_whole(os.path.join(out_dir, filename), save)
