@@ -18,7 +18,7 @@ __all__ = ['__version__']
 if not _for_doctor:
     try:
         from . import engine  # noqa: F401  registers hooks
-        from .checkpoint import allow_mmengine_checkpoints
+        from .checkpoint import allow_mmengine_checkpoints, read_addresses_safely
         from .config_scope import register_config_scope
         from .models import ResT
     # ImportError: missing; AssertionError: a version gate; ValueError: numpy's ABI
@@ -30,4 +30,5 @@ if not _for_doctor:
         ) from error
     register_config_scope()
     allow_mmengine_checkpoints()
+    read_addresses_safely()
     __all__ += ['ResT']

@@ -2,6 +2,7 @@
 
 import os
 import re
+import threading
 import urllib.error
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from .safe_globals import (
 )
 
 Source = Union[str, os.PathLike]
+
+_ENVIRONMENT = threading.RLock()
 
 # how the versions of torch name what they refuse
 REFUSALS = (
@@ -63,10 +66,11 @@ def read_checkpoint(source: Source, map_location: Any = 'cpu') -> Any:
         return _read_through_mmengine(source, map_location)
     else:
         path = where = os.path.expanduser(source)
-    return _read_file(path, where, map_location)
+    return read_file(path, where, map_location)
 
 
-def _read_file(path: str, where: str, map_location: Any) -> Any:
+def read_file(path: str, where: str, map_location: Any) -> Any:
+    """Read a file of the file system, which messages call ``where``."""
     if os.path.isdir(path):
         raise CheckpointError(
             f'the checkpoint {where} is a folder; name the file in it'
@@ -136,7 +140,7 @@ def _fetch(url: str, folder: str, path: str) -> None:
 def _read_through_mmengine(source: str, map_location: Any) -> Any:
     """Let mmengine find what it has a name for, with safe loading forced."""
     try:
-        with stand_ins_only(), _weights_only_forced():
+        with stand_ins_only(), weights_only_forced():
             return CheckpointLoader.load_checkpoint(source, map_location)
     except ImportError:  # of the backend's own library, which it names
         raise
@@ -148,18 +152,21 @@ def _read_through_mmengine(source: str, map_location: Any) -> Any:
 
 
 @contextmanager
-def _weights_only_forced() -> Iterator[None]:
+def weights_only_forced() -> Iterator[None]:
     """Have every ``torch.load`` be a safe one, whatever its caller asks for.
 
     mmengine's loader of URLs goes through ``torch.hub``, whose default is not safe.
     """
-    before = {name: os.environ.pop(name, None) for name in (FORCE_SAFE, FORCE_UNSAFE)}
-    os.environ[FORCE_SAFE] = '1'
-    try:
-        yield
-    finally:
-        del os.environ[FORCE_SAFE]
-        os.environ.update({k: v for k, v in before.items() if v is not None})
+    # one thread at a time: another's end must not switch safety off here
+    with _ENVIRONMENT:
+        names = (FORCE_SAFE, FORCE_UNSAFE)
+        before = {name: os.environ.pop(name, None) for name in names}
+        os.environ[FORCE_SAFE] = '1'
+        try:
+            yield
+        finally:
+            del os.environ[FORCE_SAFE]
+            os.environ.update({k: v for k, v in before.items() if v is not None})
 
 
 def _raise_if_refused(error: Exception, where: str) -> None:

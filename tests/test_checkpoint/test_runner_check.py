@@ -10,6 +10,7 @@ import torch
 from mmengine.logging import MMLogger
 from mmengine.model import BaseTTAModel, MMDistributedDataParallel
 from mmengine.runner import load_checkpoint
+from mmengine.runner.checkpoint import load_from_http as mmengine_loader
 from torch import nn
 from toy_run import ToyModel, build
 
@@ -193,7 +194,7 @@ def test_init_cfg_of_mmengine_refuses_payloads(evil, monkeypatch):
 
 
 def test_load_from_a_url(evil, payload, tmp_path, monkeypatch):
-    """mmengine reads URLs without safety; force_safe_loading closes that door."""
+    """mmengine reads URLs without safety; importing mmrest closes that door."""
     monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'hub'))
     monkeypatch.delenv('http_proxy', raising=False)
 
@@ -205,13 +206,16 @@ def test_load_from_a_url(evil, payload, tmp_path, monkeypatch):
     with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f'http://127.0.0.1:{server.server_port}/evil.pth'
-        load_checkpoint(ToyModel(), url)  # the reason for all this
+        mmengine_loader(url)  # the reason for all this
         assert payload.marker.exists(), 'mmengine has become safe: simplify'
         payload.marker.unlink()
         with pytest.raises(CheckpointError, match='refuses'):
             check_load_from(ToyModel(), url)
+        with pytest.raises(CheckpointError, match='refuses'):
+            load_checkpoint(ToyModel(), url)
+        # a program that calls mmengine's function by itself
         monkeypatch.setenv(FORCE_SAFE, '')
         force_safe_loading()
         with pytest.raises(pickle.UnpicklingError):
-            load_checkpoint(ToyModel(), url)
+            mmengine_loader(url)
         server.shutdown()
