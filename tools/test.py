@@ -64,9 +64,15 @@ def draw(cfg: Config, args: argparse.Namespace) -> None:
         hook[folder] = args.show_dir
     elif args.show_dir:
         # The backend writes below WORK_DIR/TIME/vis_data.
-        for backend in cfg.visualizer.get('vis_backends') or []:
-            if backend.get('type') == 'LocalVisBackend':
-                backend.img_save_dir = osp.join(osp.pardir, args.show_dir)
+        target = osp.join(osp.pardir, args.show_dir)
+        backends = list(cfg.visualizer.get('vis_backends') or [])
+        local = [b for b in backends if b.get('type') == 'LocalVisBackend']
+        if not local:
+            local = [ConfigDict(type='LocalVisBackend')]
+            backends += local
+        for backend in local:
+            backend.img_save_dir = target
+        cfg.visualizer.vis_backends = backends
 
 
 def evaluators(cfg: Config) -> list:

@@ -100,5 +100,19 @@ def test_show_dir_in_each_scope(repo, hook, drawn):
     module['draw'](cfg, args)
     result = cfg.default_hooks.visualization
     assert {key: result[key] for key in drawn} == drawn
-    if hook == 'SegVisualizationHook':
-        assert cfg.visualizer.save_dir == 'out'
+    # mmseg's hook leaves the folder to the visualizer, whose backend writes below
+    # WORK_DIR/TIME/vis_data; it has none in this config
+    backends = cfg.visualizer.get('vis_backends', [])
+    expected = [dict(type='LocalVisBackend', img_save_dir='../out')]
+    assert backends == (expected if hook == 'SegVisualizationHook' else [])
+
+
+def test_show_dir_keeps_the_other_backends(repo):
+    module = runpy.run_path(str(repo / 'tools' / 'test.py'))
+    backends = [dict(type='TensorboardVisBackend'), dict(type='LocalVisBackend')]
+    hooks = dict(visualization=dict(type='SegVisualizationHook'))
+    cfg = Config(dict(default_hooks=hooks, visualizer=dict(vis_backends=backends)))
+    args = type('Args', (), dict(show=False, show_dir='out', wait_time=2))
+    module['draw'](cfg, args)
+    backends[1]['img_save_dir'] = '../out'
+    assert cfg.visualizer.vis_backends == backends
