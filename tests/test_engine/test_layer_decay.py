@@ -208,11 +208,13 @@ def test_mmpretrain_agrees():
     """Its own constructor and classifier, with our ``get_layer_depth``."""
     from mmpretrain.models import ImageClassifier
 
-    model = ImageClassifier(
-        backbone=dict(type='ResT', arch=TINY, out_indices=(3,)),
-        neck=dict(type='GlobalAveragePooling'),
-        head=dict(type='LinearClsHead', num_classes=2, in_channels=32),
-    )
+    # its parts are found from this scope alone, whatever another test left behind
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = ImageClassifier(
+            backbone=dict(type='ResT', arch=TINY, out_indices=(3,)),
+            neck=dict(type='GlobalAveragePooling'),
+            head=dict(type='LinearClsHead', num_classes=2, in_channels=32),
+        )
     options = dict(layer_decay_rate=RATE, norm_decay_mult=0.0)
     ours = groups(model, build(model, **options))
     cfg = dict(
