@@ -1,17 +1,22 @@
 """Run by torchrun: ResT under DistributedDataParallel, many cases in one launch.
 
-``unused``: every parameter takes part in every step. ``equal``: the processes, each
-with its share of the batch, get the gradients that one process gets from all of it.
+``unused``: every parameter takes part in every step, and ``variants`` the same for
+the other stems, positions and attentions. ``equal``: the processes, each with its share
+of the batch, get the gradients that one process gets from all of it.
 """
 
 import itertools
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from mmrest import ResT
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # rest_variants
+from rest_variants import OTHERS, VARIANTS  # noqa: E402
 
 ARCH = dict(
     embed_dims=[8, 16, 24, 32],
@@ -43,8 +48,11 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
-def check_unused(frozen_stages: int, out_indices: tuple[int, ...]) -> None:
-    model = build(frozen_stages=frozen_stages, out_indices=out_indices)
+def check_unused(
+    frozen_stages: int, out_indices: tuple[int, ...], variant: str = 'published'
+) -> None:
+    options = dict(frozen_stages=frozen_stages, out_indices=out_indices)
+    model = build(**options, **VARIANTS[variant])
     ddp = DistributedDataParallel(model, find_unused_parameters=False)
     for step in range(2):  # an unused parameter is an error in the second step
         model.zero_grad()
@@ -79,6 +87,7 @@ def check_equal(frozen_stages: int, with_cp: bool, norm: dict) -> None:
 
 CASES = dict(
     unused=(check_unused, (range(-1, 5), [(0, 1, 2, 3), (1, 2, 3), (1,)])),
+    variants=(check_unused, ((-1, 2), [(0, 1, 2, 3)], OTHERS)),
     equal=(check_equal, (range(-1, 5), (False, True), NORMS)),
 )
 

@@ -22,6 +22,10 @@ def test_no_parameter_is_unused(repo):
     assert '18 cases passed' in launch(repo, 2, 'unused')
 
 
+def test_no_parameter_of_a_variant_is_unused(repo):
+    assert '22 cases passed' in launch(repo, 2, 'variants')
+
+
 @pytest.mark.parametrize('processes', [1, 2, 4])
 def test_gradients_do_not_depend_on_the_number_of_processes(repo, processes):
     """For every ``frozen_stages``, with and without ``with_cp``, frozen BN and GN."""

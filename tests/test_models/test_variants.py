@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from mmengine.registry import MODELS
+from rest_variants import OTHERS, TINY, VARIANTS, tiny
 from torch import nn
 from weights_rule import fill, image
 
@@ -14,35 +15,7 @@ from mmrest.models import ATTENTIONS, POSITIONS, STEMS
 from mmrest.models.attentions import EMSA, MSA, ReducedMSA, UnnormalisedEMSA
 from mmrest.ops import head_interaction_attention
 
-TINY = dict(
-    embed_dims=[8, 16, 24, 32],
-    num_heads=[1, 2, 3, 4],
-    depths=[1, 1, 1, 1],
-    sr_ratios=[8, 4, 2, 1],
-    mlp_ratios=2,
-)
-VARIANTS = {
-    'published': {},
-    'stem_resnet': dict(stem_cfg='resnet'),
-    'stem_patch': dict(stem_cfg='patch'),
-    'pos_gl': dict(pos_cfg='gl'),
-    'pos_le': dict(pos_cfg=dict(type='le', image_size=64)),
-    'pos_none': dict(pos_cfg='none'),
-    'pos_foreign': dict(pos_cfg=dict(type='ContextBlock', ratio=0.5)),
-    'attn_without_norm': dict(attn_cfg='emsa_without_norm'),
-    'attn_without_both': dict(attn_cfg='emsa_without_both'),
-    'attn_msa': dict(attn_cfg='msa'),
-    'attn_avg': dict(attn_cfg=dict(type='emsa', reduction='avg')),
-    'attn_max': dict(attn_cfg=dict(type='emsa', reduction='max')),
-}
-OTHERS = [name for name in VARIANTS if name != 'published']
 SIZES = [(1, 1), (1, 40), (33, 65)]
-
-
-def tiny(variant, **options):
-    model = ResT(TINY, **VARIANTS[variant], **options)
-    fill(model.state_dict())
-    return model
 
 
 def expected_sizes(height, width):
@@ -73,38 +46,6 @@ def test_variants_differ_from_the_published_model(variant):
     assert not torch.allclose(found, published, atol=1e-2)
 
 
-@pytest.mark.parametrize('variant', OTHERS)
-def test_checkpointing_and_training(variant):
-    results = []
-    for with_cp in (False, True):
-        model = tiny(variant, with_cp=with_cp, drop_rate=0.1, attn_drop_rate=0.1)
-        model.train()
-        torch.manual_seed(0)
-        outs = model(image((2, 3, 40, 64)))
-        sum((out * image(out.shape, 9)).sum() for out in outs).backward()
-        results.append([*outs, *(p.grad for p in model.parameters())])
-    for plain, recomputed in zip(*results):
-        assert torch.equal(plain, recomputed)
-
-
-@pytest.mark.parametrize('variant', OTHERS)
-def test_names_keep_their_form_and_freeze(variant):
-    model = tiny(variant, frozen_stages=2)
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    heads = {name.split('.')[0] for name, _ in model.named_parameters()}
-    parts = {'stem', *(f'patch_embed_{k}' for k in (2, 3, 4))}
-    parts |= {f'stage{k}' for k in (1, 2, 3, 4)} | {'norm1', 'norm2', 'norm3', 'norm'}
-    assert heads == parts
-    prefixes = ('stem.', 'stage1.', 'patch_embed_2.', 'stage2.')
-    assert frozen == {n for n, _ in model.named_parameters() if n.startswith(prefixes)}
-    before = copy.deepcopy(model.state_dict())
-    outs = model.train()(image((2, 3, 64, 64)))
-    sum(out.square().sum() for out in outs).backward()
-    for name, tensor in model.state_dict().items():
-        if name.startswith(prefixes):
-            assert torch.equal(tensor, before[name]), name
-
-
 @pytest.mark.parametrize('variant', ['published', *OTHERS])
 def test_reads_its_own_checkpoint_and_refuses_those_of_others(variant, tmp_path):
     source = tiny(variant)
@@ -124,24 +65,6 @@ def test_reads_its_own_checkpoint_and_refuses_those_of_others(variant, tmp_path)
         with pytest.raises(ValueError, match='nothing was loaded') as error:
             model.init_weights()
         assert any(key in str(error.value) for key in differing), name
-
-
-@pytest.mark.parametrize('variant', ['stem_patch', 'pos_le'])
-def test_compiles_without_a_break(variant):
-    torch._dynamo.reset()
-    model = tiny(variant).train()
-    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
-    x, reference = image((2, 3, 64, 64)), copy.deepcopy(model)
-    for found, expected in zip(compiled(x), reference(x)):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize('variant', ['stem_resnet', 'pos_le', 'attn_max'])
-def test_exports(variant):
-    model, x = tiny(variant).eval(), image((1, 3, 64, 80))
-    program = torch.export.export(model, (x,))
-    for found, expected in zip(program.module()(x), model(x)):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -218,6 +141,10 @@ def test_learnable_embedding():
     for size in ((1, 1), (7, 30), (32, 48)):
         x = image((2, 8, *size))
         torch.testing.assert_close(pos(x), x + 0.5)
+    nn.init.normal_(pos.pos_embed)
+    x = image((2, 8, 7, 30))
+    resized = nn.functional.interpolate(pos.pos_embed, size=(7, 30), mode='bicubic')
+    torch.testing.assert_close(pos(x), x + resized)
 
 
 @pytest.mark.parametrize('through', ['init_cfg', 'load_state_dict', 'mmengine'])
