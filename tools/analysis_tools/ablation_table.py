@@ -1,10 +1,14 @@
-"""Print parameters, FLOPs and speed of classifiers' backbones as a table.
+"""Print parameters, FLOPs and speed of classifiers as a table in Markdown.
 
-The models take turns, so that a machine that is busy for a while slows all of them,
-and the median over the rounds is printed.
+The first config is what the others are compared with. Each of them is timed
+right after it, again and again, so that a machine that is busy for a while slows
+both; what is printed are medians, of the times and of the ratios. With --into,
+the table replaces what stands between <!-- ablation:begin --> and
+<!-- ablation:end --> in a file.
 """
 
 import argparse
+import platform
 import statistics
 import sys
 import time
@@ -16,6 +20,8 @@ from mmengine.registry import MODELS, init_default_scope
 
 from mmrest.complexity import complexity
 
+BEGIN, END = '<!-- ablation:begin -->', '<!-- ablation:end -->'
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -24,6 +30,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--batch', type=int, default=8, help='images at once [8]')
     parser.add_argument('--rounds', type=int, default=11, help='[11]')
     parser.add_argument('--threads', type=int, default=2, help='of PyTorch [2]')
+    parser.add_argument('--into', type=Path, help='Markdown file to update')
     return parser.parse_args()
 
 
@@ -51,32 +58,84 @@ def step(model: torch.nn.Module, images: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
-def main() -> int:
-    args = parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
+def measure(
+    models: dict[str, torch.nn.Module], images: torch.Tensor, rounds: int
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Time forward passes and steps of the models in turn.
+
+    Args:
+        models (dict[str, nn.Module]): The first is the reference.
+        images (Tensor): Of shape (B, 3, H, W).
+        rounds (int): How often each model is timed, besides once to warm up.
+
+    Returns:
+        dict[str, tuple[list[float], list[float]]]: For each model the medians for
+        ``forward`` and ``step``: of the seconds, and of the quotients with the
+        reference's seconds just before.
+    """
+    (first, reference), *others = models.items()
+    times = {name: ([], []) for name in models}
+    quotients = {name: ([], []) for name in models}
+    for round_ in range(rounds + 1):
+        for name, model in others or [(first, reference)]:
+            for index, run in enumerate((forward, step)):
+                base = run(reference, images)
+                seconds = run(model, images)
+                if round_:  # the first round warms up
+                    times[first][index].append(base)
+                    quotients[first][index].append(1.0)
+                    if model is not reference:
+                        times[name][index].append(seconds)
+                        quotients[name][index].append(seconds / base)
+    median = statistics.median
+    return {
+        name: ([median(t) for t in times[name]], [median(q) for q in quotients[name]])
+        for name in models
+    }
+
+
+def table(args: argparse.Namespace) -> str:
     models = {path.stem: build(path) for path in args.configs}
     images = torch.randn(args.batch, 3, args.size, args.size)
-    times = {(name, run): [] for name in models for run in (forward, step)}
-    for round_ in range(args.rounds + 1):
-        for (name, run), found in times.items():
-            seconds = run(models[name], images)
-            if round_:  # the first round warms up
-                found.append(1000 * seconds / args.batch)
-    print('| config | parameters | FLOPs | forward | forward + backward |')
-    print('|---|---|---|---|---|')
+    measured = measure(models, images, args.rounds)
+    lines = [
+        '| config | parameters | FLOPs | forward | | forward + backward | |',
+        '|---|---|---|---|---|---|---|',
+    ]
     for name, model in models.items():
         counts = complexity(model, (args.size, args.size))
-        medians = [statistics.median(times[name, run]) for run in (forward, step)]
-        print(
-            f'| `{name}` | {counts.params["total"]:,} '
-            f'| {counts.flops["total"] / 1e9:.3f} G '
-            f'| {medians[0]:.1f} ms | {medians[1]:.1f} ms |'
-        )
-    print(
-        f'\nms an image, batches of {args.batch}, {args.threads} threads, median of '
-        f'{args.rounds} rounds; PyTorch {torch.__version__}'
-    )
+        seconds, quotients = measured[name]
+        cells = [f'`{name}`', f'{counts.params["total"]:,}']
+        cells.append(f'{counts.flops["total"] / 1e9:.3f} G')
+        for value, quotient in zip(seconds, quotients):
+            cells += [f'{1000 * value / args.batch:.1f} ms', f'x {quotient:.2f}']
+        lines.append(f'| {" | ".join(cells)} |')
+    lines += [
+        '',
+        f'{args.size}x{args.size} pixels, float32, {platform.machine()}, '
+        f'{args.threads} threads, PyTorch {torch.__version__}: ms an image in batches '
+        f'of {args.batch}, and the time relative to `{next(iter(models))}` just '
+        f'before; medians of {args.rounds} rounds.',
+    ]
+    return '\n'.join(lines)
+
+
+def main() -> int:
+    args = parse_args()
+    text = ''
+    if args.into:
+        text = args.into.read_text(encoding='utf-8')
+        if text.count(BEGIN) != 1 or text.count(END) != 1:
+            print(f'error: {args.into} needs {BEGIN} and {END} once', file=sys.stderr)
+            return 1
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    result = table(args)
+    print(result)
+    if args.into:
+        head, rest = text.split(BEGIN)
+        tail = rest.split(END)[1]
+        args.into.write_text(f'{head}{BEGIN}\n{result}\n{END}{tail}', encoding='utf-8')
     return 0
 
 
