@@ -11,6 +11,7 @@ import os
 import os.path as osp
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Optional
 
 import torch
 from mmengine.config import Config, DictAction
@@ -18,7 +19,7 @@ from mmengine.device import get_device
 from mmengine.hub import get_config
 from mmengine.logging import print_log
 
-from .checkpoint import force_safe_loading
+from .checkpoint import find_latest, force_safe_loading, inspect_latest
 from .config_scope import SCOPE, find_config
 
 # What each toolbox comes with, see setup.py.
@@ -116,6 +117,37 @@ def check_toolbox(cfg: Config, name: str) -> None:
             f"'mmrest[{EXTRAS[toolbox]}]', or take the packages of OneDL that "
             'requirements/onedl.txt names.'
         )
+
+
+def choose_start(cfg: Config, resume: Optional[str]) -> str:
+    """Write into a config which checkpoint the run continues from, and its seed.
+
+    Args:
+        cfg (Config): Changed in place.
+        resume (str, optional): ``'auto'`` for the newest whole one of the work
+            folder, if there is one; a path; or None for what the config says.
+
+    Returns:
+        str: What the user should know about the choice; empty if nothing.
+
+    Raises:
+        CheckpointError: If the checkpoint, or all of the work folder, are damaged.
+    """
+    if resume is None and cfg.get('resume') and not cfg.get('load_from'):
+        resume = 'auto'
+    if resume is None:
+        return ''
+    latest = find_latest(cfg.work_dir) if resume == 'auto' else inspect_latest(resume)
+    # a job that is restarted again and again begins with load_from, once
+    cfg.resume = latest is not None
+    if latest is None:
+        return ''
+    cfg.load_from = latest.path
+    # without a seed of its own the run would draw its data in another order
+    own_seed = cfg.get('randomness', {}).get('seed')
+    if own_seed is None and latest.seed is not None:
+        cfg.merge_from_dict({'randomness.seed': latest.seed})
+    return latest.warning
 
 
 def on_first_process() -> bool:

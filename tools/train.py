@@ -6,10 +6,10 @@ import sys
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 
 from mmrest import launch
-from mmrest.checkpoint import CheckpointError, check_load_from
+from mmrest.checkpoint import CheckpointError, check_agreement, check_load_from
 from mmrest.engine import NonFiniteError
 from mmrest.preflight import PreflightError, check_config
 
@@ -33,8 +33,8 @@ def parse_args():
         nargs='?',
         const='auto',
         metavar='PATH',
-        help='continue from this checkpoint; without a path from the latest one in '
-        'the work folder, or from the start if there is none',
+        help='continue from this checkpoint; without a path from the newest whole one '
+        'in the work folder, or from the start if there is none',
     )
     parser.add_argument(
         '--tensorboard', action='store_true', help='log for TensorBoard as well'
@@ -60,14 +60,6 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
                 'config.'
             )
         cfg.auto_scale_lr.enable = True
-    if args.resume == 'auto':
-        # A job that is restarted again and again begins with load_from, once.
-        cfg.resume = find_latest_checkpoint(cfg.work_dir) is not None
-        if cfg.resume:
-            cfg.load_from = None
-    elif args.resume is not None:
-        cfg.resume = True
-        cfg.load_from = args.resume
     if args.tensorboard:
         cfg.visualizer.setdefault('vis_backends', []).append(
             dict(type='TensorboardVisBackend')
@@ -77,8 +69,7 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
 def check_start(runner: Runner, cfg: Config) -> None:
     """Refuse a checkpoint of which MMEngine would load less than is meant."""
     start = cfg.get('load_from')
-    if cfg.get('resume') and not start:
-        start = find_latest_checkpoint(cfg.work_dir)
+    check_agreement(start)
     if start:
         check_load_from(
             runner.model, start, exact=bool(cfg.get('resume')), hooks=runner.hooks
@@ -90,10 +81,13 @@ def main():
     try:
         cfg = launch.load_config(args)
         apply_options(cfg, args)
+        note = launch.choose_start(cfg, args.resume)
         if not args.no_preflight and launch.on_first_process():
             check_config(cfg, 'train')
         launch.prepare_process_group(cfg)
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+        if note:
+            runner.logger.warning(note)
         check_start(runner, cfg)
         runner.train()
     except (

@@ -9,6 +9,7 @@
 ``classifier.py``     published classifiers in MMPretrain's model
 ``safe_globals.py``   what safe loading needs for mmengine's own checkpoints
 ``addresses.py``      mmengine's own loader reads addresses safely
+``latest.py``         which checkpoint a run continues from
 ``writing.py``        files that are written whole or not at all
 ====================  ====================================================
 """
@@ -16,6 +17,7 @@
 from .addresses import read_addresses_safely
 from .classifier import PublishedClassifierHook, to_image_classifier
 from .errors import CheckpointError
+from .latest import check_agreement, find_latest, inspect_latest
 from .loading import LoadReport, load_pretrained
 from .reading import read_checkpoint
 from .runner_check import check_load_from
@@ -29,8 +31,11 @@ __all__ = [
     'LoadReport',
     'PublishedClassifierHook',
     'allow_mmengine_checkpoints',
+    'check_agreement',
     'check_load_from',
+    'find_latest',
     'force_safe_loading',
+    'inspect_latest',
     'load_pretrained',
     'read_addresses_safely',
     'read_checkpoint',
