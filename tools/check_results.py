@@ -11,7 +11,7 @@ from mmengine.runner import Runner
 
 from mmrest import launch
 from mmrest.checkpoint import CheckpointError, check_load_from
-from mmrest.preflight import PreflightError, check_config
+from mmrest.preflight import PreflightError, check_config, log_report
 from mmrest.results import ResultsError, compare, expected
 
 
@@ -30,10 +30,12 @@ def main() -> int:
         figures = expected(cfg, args.config)
         cfg.load_from = args.checkpoint
         cfg.resume = False
+        report = []
         if not args.no_preflight and launch.on_first_process():
-            check_config(cfg, 'test')
+            report = check_config(cfg, 'test')
         launch.prepare_process_group(cfg)
         runner = Runner.from_cfg(cfg)
+        log_report(report)
         check_load_from(runner.model, cfg.load_from, hooks=runner.hooks)
         agree, text = compare(runner.test(), figures)
     except (

@@ -17,7 +17,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 from mmrest.config_scope import find_config
-from mmrest.preflight import PreflightError, check_data
+from mmrest.preflight import PreflightError, check_data, log_report
 
 SERVER = 'http://images.cocodataset.org'
 ARCHIVES = dict(
@@ -143,7 +143,7 @@ def what_is_missing(folder: Path) -> str:
         cfg[f'{split}_dataloader'].dataset.data_root = str(folder)
     cfg.val_evaluator.ann_file = str(folder / 'annotations/instances_val2017.json')
     try:
-        check_data(cfg)
+        log_report(check_data(cfg))
     except PreflightError as error:
         return str(error)
     return ''

@@ -11,7 +11,7 @@ from mmengine.runner import Runner
 
 from mmrest import launch
 from mmrest.checkpoint import CheckpointError, check_load_from
-from mmrest.preflight import PreflightError, check_config
+from mmrest.preflight import PreflightError, check_config, log_report
 
 # How each package's hook is told to draw and where to (None: by the visualizer).
 DRAWING = {
@@ -19,6 +19,16 @@ DRAWING = {
     'SegVisualizationHook': (dict(draw=True, interval=1), None),
     'VisualizationHook': (dict(enable=True, interval=1), 'out_dir'),
 }
+
+
+class EvaluationRunner(Runner):
+    """A Runner that tests alone.
+
+    MMEngine's builds the training loop, with its data, when it is asked for its
+    iteration, and mmseg's hook asks when it draws.
+    """
+
+    iter = epoch = 0
 
 
 def parse_args():
@@ -134,14 +144,19 @@ def main():
         cfg.resume = False
         if args.show or args.show_dir:
             draw(cfg, args)
+        report = []
         if not args.no_preflight and launch.on_first_process():
-            check_config(cfg, 'test')
+            report = check_config(cfg, 'test')
         if args.tta:
             augment(cfg)
         if args.out:
             write_results(cfg, args.out)
         launch.prepare_process_group(cfg)
-        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+        if 'runner_type' in cfg:
+            runner = RUNNERS.build(cfg)
+        else:
+            runner = EvaluationRunner.from_cfg(cfg)
+        log_report(report)
         check_load_from(runner.model, cfg.load_from, hooks=runner.hooks)
         runner.test()
     except (launch.LaunchError, PreflightError, CheckpointError) as error:

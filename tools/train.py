@@ -11,7 +11,7 @@ from mmengine.runner import Runner
 from mmrest import launch
 from mmrest.checkpoint import CheckpointError, check_agreement, check_load_from
 from mmrest.engine import NonFiniteError
-from mmrest.preflight import PreflightError, check_config
+from mmrest.preflight import PreflightError, check_config, log_report
 
 
 def parse_args():
@@ -82,10 +82,12 @@ def main():
         cfg = launch.load_config(args)
         apply_options(cfg, args)
         note = launch.choose_start(cfg, args.resume)
+        report = []
         if not args.no_preflight and launch.on_first_process():
-            check_config(cfg, 'train')
+            report = check_config(cfg, 'train')
         launch.prepare_process_group(cfg)
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+        log_report(report)
         if note:
             runner.logger.warning(note)
         check_start(runner, cfg)

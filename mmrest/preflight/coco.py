@@ -1,6 +1,7 @@
 """An annotation file: readable, in COCO format, consistent, with the right classes."""
 
 import json
+import math
 import os.path as osp
 from collections import Counter
 
@@ -93,15 +94,27 @@ def _check_format(dataset, content):
                 f'{start}the bbox of annotation {item["id"]} is {item["bbox"]!r}, '
                 'not [x, y, width, height] in pixels.'
             )
+        if not _is_number(item['area']):
+            return (
+                f'{start}the area of annotation {item["id"]} is {item["area"]!r}, not '
+                'a number of pixels.'
+            )
+    for item in content['images']:
+        sides = item['width'], item['height']
+        if not all(_is_number(side) and side > 0 for side in sides):
+            return f'{start}image {item["id"]} is {sides[0]!r}x{sides[1]!r} pixels.'
+        if not isinstance(item['file_name'], str):
+            return f'{start}image {item["id"]} is named {item["file_name"]!r}.'
     return None
 
 
 def _is_box(box):
-    return (
-        isinstance(box, list)
-        and len(box) == 4
-        and all(isinstance(value, (int, float)) for value in box)
-    )
+    return isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))
+
+
+def _is_number(value):
+    # JSON as Python reads and writes it knows NaN and Infinity.
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _check_ids(content):
@@ -179,8 +192,6 @@ def _check_use(dataset, content):
             f'lists {len(content["images"])} images, none of which can be trained on: '
             f'an image needs at least one annotation of the classes{sides}.'
         )
-    if dataset.needs_masks:
-        yield from _check_masks(dataset, content.get('annotations', ()))
 
 
 def _trainable_images(dataset, content):
@@ -197,34 +208,6 @@ def _trainable_images(dataset, content):
         for item in content['annotations']
         if item['category_id'] in categories
     }
-
-
-def _check_masks(dataset, annotations):
-    # What mmdet leaves out anyway needs no mask.
-    real = [
-        item
-        for item in annotations
-        if not item.get('ignore') and item['area'] > 0 and min(item['bbox'][2:]) >= 1
-    ]
-    lost = [item['id'] for item in real if not item.get('segmentation')]
-    if lost:
-        yield (
-            f'has {len(lost)} annotations without segmentation, and the pipeline loads '
-            f'masks: annotation {shown(lost)}. Add polygons, remove them, or train a '
-            'detector without a mask head.'
-        )
-    if dataset.polygons_only:
-        coded = [
-            item['id']
-            for item in real
-            if isinstance(item.get('segmentation'), dict) and not item.get('iscrowd')
-        ]
-        if coded:
-            yield (
-                f'has {len(coded)} objects whose mask is RLE, and the pipeline takes '
-                f'polygons alone, so they would be ignored: annotation {shown(coded)}. '
-                'Set poly2mask=True in LoadAnnotations of the training pipeline.'
-            )
 
 
 def check_evaluator(evaluator, split: str, datasets) -> list:

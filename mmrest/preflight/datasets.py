@@ -21,6 +21,8 @@ class CocoDataset:
         classes (tuple[str]): Class names that the run uses, in its order.
         test_mode (bool): Whether images without annotations are used too.
         min_size (int): Smaller images are left out of training.
+        filter_empty (bool): Whether images without annotations are, too.
+        turned (bool): Whether images are turned as their EXIF data say.
         needs_masks (bool): Whether the pipeline loads masks.
         polygons_only (bool): Whether it can take polygons alone, no RLE.
     """
@@ -32,6 +34,8 @@ class CocoDataset:
     classes: tuple
     test_mode: bool
     min_size: int
+    filter_empty: bool
+    turned: bool
     needs_masks: bool
     polygons_only: bool
 
@@ -78,9 +82,11 @@ def _describe(where, cfg) -> Optional[CocoDataset]:
     ann_file = cfg.get('ann_file') or ''
     if not ann_file or cfg.get('backend_args') or '://' in root + ann_file:
         return None
+    pipeline = cfg.get('pipeline', ())
+    filters = cfg.get('filter_cfg') or {}
     masks = [
         step
-        for step in cfg.get('pipeline', ())
+        for step in pipeline
         if step.get('type') == 'LoadAnnotations' and step.get('with_mask')
     ]
     return CocoDataset(
@@ -90,9 +96,20 @@ def _describe(where, cfg) -> Optional[CocoDataset]:
         image_folder=_join(root, cfg.get('data_prefix', {}).get('img', '')),
         classes=_classes(kind, cfg),
         test_mode=cfg.get('test_mode', False),
-        min_size=(cfg.get('filter_cfg') or {}).get('min_size', 0),
+        min_size=filters.get('min_size', 0),
+        filter_empty=filters.get('filter_empty_gt', False),
+        turned=all(map(_turns, pipeline)),
         needs_masks=bool(masks),
         polygons_only=any(not step.get('poly2mask', True) for step in masks),
+    )
+
+
+def _turns(step) -> bool:
+    """Whether a step, if it loads an image, follows its EXIF orientation."""
+    if step.get('type') != 'LoadImageFromFile':
+        return True
+    return step.get('color_type', 'color') in ('color', 'grayscale') and (
+        step.get('imdecode_backend', 'cv2') in ('cv2', 'pillow')
     )
 
 

@@ -23,7 +23,7 @@ from mmengine.runner import Runner
 from plotting import metric_table, read_scalars, save_curves, save_pictures
 from user_data import LAYOUTS, CocoFolder, DataError, Split, find_coco_data
 
-from mmrest.preflight import PreflightError, check_config
+from mmrest.preflight import PreflightError, check_config, log_report
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs' / 'demo'
 
@@ -144,12 +144,13 @@ def main():
             data = generated_data(cfg.fruit_set, args.work_dir, threads)
         print(f'Data: {data.note}. Classes: {", ".join(data.classes)}.', flush=True)
         fill_in(cfg, data, run_dir)
-        check_config(cfg, 'train')
+        report = check_config(cfg, 'train')
     except (DataError, PreflightError, FileExistsError) as error:
         if not any(run_dir.iterdir()):
             run_dir.rmdir()
         sys.exit(f'tools/demo/run.py: {error}')
     runner = Runner.from_cfg(cfg)
+    log_report(report)
     runner.train()
     table, places = write_results(runner, run_dir)
     print(f'\nOn {len(runner.val_dataloader.dataset)} images held back from training:')
