@@ -17,7 +17,7 @@ __all__ = ['__version__']
 
 if not _for_doctor:
     try:
-        from . import engine  # noqa: F401  registers hooks
+        from . import engine, transforms  # noqa: F401  registers hooks and steps
         from .checkpoint import allow_mmengine_checkpoints, read_addresses_safely
         from .config_scope import register_config_scope
         from .models import ResT

@@ -97,7 +97,7 @@ def run(request, shared, repo, tmp_path, native, published):
 
     base = repo / 'configs' / kind / 'rest_small_fpn_1x_published.py'
     cfg = Config.fromfile(base)
-    cfg.test_dataloader.dataset.pipeline[1].scale = (LONG, SHORT)
+    cfg.test_dataloader.dataset.pipeline[2].scale = (LONG, SHORT)
     cfg.test_dataloader.num_workers = 0
     cfg.test_dataloader.persistent_workers = False
     cfg.test_dataloader.dataset.update(

@@ -18,7 +18,7 @@ def data_options(config, root, train, val, images, classes=None):
     """The fields that name a data set, and smaller images for time."""
     heads = ['roi_head.bbox_head', 'roi_head.mask_head']
     heads = heads if config.startswith('mask_rcnn') else ['bbox_head']
-    options = [f'train_dataloader.dataset.pipeline.2.scales=[{SIDE}]']
+    options = [f'train_dataloader.dataset.pipeline.3.scales=[{SIDE}]']
     for split in ('train', 'val', 'test'):
         dataset = f'{split}_dataloader.dataset'
         options += [
@@ -31,7 +31,7 @@ def data_options(config, root, train, val, images, classes=None):
         if classes:
             options.append(f'{dataset}.metainfo.classes=({",".join(classes)})')
         if split != 'train':
-            options.append(f'{dataset}.pipeline.1.scale={SIDE}')
+            options.append(f'{dataset}.pipeline.2.scale={SIDE}')
             options.append(f'{split}_evaluator.ann_file={root}/{val}')
             options.append(f'{dataset}.indices=6')
     if classes:

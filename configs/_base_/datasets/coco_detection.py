@@ -6,6 +6,7 @@ data_root = 'data/coco/'
 # all source pixels when it shrinks (antialiasing); OpenCV's does not.
 train_pipeline = [
     dict(type='LoadImageFromFile'),
+    dict(type='CheckImageSize'),
     dict(type='LoadAnnotations', with_bbox=True),
     dict(
         type='RandomChoiceResize',
@@ -25,6 +26,7 @@ train_pipeline = [
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
+    dict(type='CheckImageSize'),
     dict(type='Resize', scale=(1333, 800), keep_ratio=True, backend='pillow'),
     # Serves the ground truth beside the predictions in `--show-dir`.
     dict(type='LoadAnnotations', with_bbox=True),
@@ -35,6 +37,7 @@ test_pipeline = [
 ]
 tta_pipeline = [
     dict(type='LoadImageFromFile'),
+    dict(type='CheckImageSize'),
     dict(
         type='TestTimeAug',
         transforms=[

@@ -3,6 +3,7 @@ _base_ = './coco_detection.py'
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
+    dict(type='CheckImageSize'),
     # Polygons stay polygons until they are cut out for a proposal, as in the
     # published recipe. RLE masks are only possible with poly2mask=True.
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True, poly2mask=False),
@@ -24,6 +25,7 @@ train_pipeline = [
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
+    dict(type='CheckImageSize'),
     dict(type='Resize', scale=(1333, 800), keep_ratio=True, backend='pillow'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(
