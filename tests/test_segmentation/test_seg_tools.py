@@ -51,12 +51,16 @@ def test_resume_on_two_processes_without_gpus(run, config, trained, tmp_path):
 
 
 def test_augmented_test_draws_and_writes_label_images(run, config, trained, tmp_path):
+    """In windows, at six scales, mirrored too, and without the training data."""
     checkpoint = trained[0] / 'iter_4.pth'
     transforms = 'tta_pipeline.1.transforms.0.'
     options = ['--tta', '--work-dir', tmp_path / 'run', '--show-dir', 'pictures']
     options += ['--out', tmp_path / 'labels', '--cfg-options']
     sides = enumerate((32, 48, 64, 40, 56, 80))
     options += [f'{transforms}{i}.scale=({side * 4},{side})' for i, side in sides]
+    options += ['train_dataloader.dataset.data_root=nowhere']
+    options += ['model.test_cfg.mode=slide', 'model.test_cfg.crop_size=(32,32)']
+    options += ['model.test_cfg.stride=(24,24)']
     output = run('test.py', config, checkpoint, *options, cwd=tmp_path)
     assert re.search(r'\| +box +\|', output) and 'mIoU: ' in output
     pictures = sorted((tmp_path / 'run').glob('*/pictures/*.png'))
