@@ -8,6 +8,7 @@
 ``images.py``        the images that it lists: there, and decodable
 ``segmentation.py``  folders, pairs and label indices of segmentation datasets
 ``model.py``         class counts of the heads, and the weights to start from
+``work_dir.py``      the folders that the run writes into
 ===================  =========================================================
 
 It knows formats, not data sets. Every finding names the thing, what was found and
@@ -27,6 +28,7 @@ from .masks import check_masks
 from .model import check_class_counts, check_weights
 from .segmentation import check_ignored, check_seg_dataset, find_seg_datasets
 from .usage import describe_use
+from .work_dir import check_folders
 
 __all__ = ['PreflightError', 'check_config', 'check_data', 'log_report']
 
@@ -54,7 +56,7 @@ def check_config(cfg: Config, stage: str = 'train') -> list:
     Raises:
         PreflightError: With every finding.
     """
-    findings = check_weights(cfg, stage)
+    findings = [*check_folders(cfg), *check_weights(cfg, stage)]
     found, report = _examine(cfg, stage, **cfg.get('preflight', {}))
     _raise_if_any([*findings, *found])
     return report
@@ -131,7 +133,8 @@ def _examine_coco(dataset, unused_categories, decode):
         f'{len(content.get("annotations", ()))} annotations, '
         f'{len(dataset.classes)} classes'
     )
-    return found + texts, [*describe_use(dataset, content), *kinds], size
+    found += texts
+    return found, [] if found else [*describe_use(dataset, content), *kinds], size
 
 
 def _raise_if_any(findings):
