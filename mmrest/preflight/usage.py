@@ -65,7 +65,7 @@ def describe_use(dataset, content) -> list:
     ]
     if dataset.test_mode:
         if clauses:
-            clauses[-1] += ' (the metric still counts them, as objects to be found)'
+            clauses.append('the metric counts all these, as objects to be found')
         return clauses
     clauses += [
         text.format(reasons[k]) for k, text in IN_TRAINING.items() if reasons[k]

@@ -114,6 +114,28 @@ def exif_on_upright():
     return encode(rgb(), exif=exif)
 
 
+TWO_POINTS = [[1, 1, 9, 9]]
+
+# fields of an annotation, what is said in training, in validation (or None)
+SKIPPED = {
+    'no-width': (dict(bbox=[5, 5, 0, 9]), '1 boxes have no width or height'),
+    'no-area': (dict(bbox=[5, 5, 0, 0]), '1 boxes have no width or height'),
+    'negative': (dict(bbox=[50, 50, -20, -9]), '1 boxes have no width or height'),
+    'left-of': (dict(bbox=[-50, 5, 40, 20]), '1 boxes lie outside of their image'),
+    'below': (dict(bbox=[5, HEIGHT, 9, 9]), '1 boxes lie outside of their image'),
+    'zero-area': (dict(area=0), '1 annotations have an area of 0 or less'),
+    'thin': (dict(bbox=[5, 5, 0.5, 20], area=10), '1 boxes are narrower or lower'),
+    'ignore': (dict(ignore=1), '1 annotations are marked "ignore"'),
+}
+# left out by the loader of masks and not by the dataset
+IGNORED = {
+    'two-points': (TWO_POINTS, '1 objects have no polygon of three points or more'),
+    'one-point': ([[1, 1]], '1 objects have no polygon of three points or more'),
+    'no-points': ([[]], '1 objects have no polygon of three points or more'),
+    'odd': ([[1, 1, 9, 1, 9]], '1 objects have no polygon of three points or more'),
+}
+
+
 class Dataset:
     """A data set that is written as a folder; ids are neither dense nor in order."""
 

@@ -7,7 +7,17 @@ import sys
 
 import numpy as np
 import pytest
-from dirty_files import BOX, HEIGHT, WIDTH, encode, polygon, rgb
+from dirty_files import (
+    BOX,
+    HEIGHT,
+    IGNORED,
+    SKIPPED,
+    TWO_POINTS,
+    WIDTH,
+    encode,
+    polygon,
+    rgb,
+)
 from pycocotools import mask as coco_mask
 
 from mmrest.preflight import PreflightError, check_config
@@ -37,28 +47,6 @@ def compressed(mask):
     return dict(size=list(code['size']), counts=code['counts'].decode())
 
 
-TWO_POINTS = [[1, 1, 9, 9]]
-
-# fields of an annotation, what is said in training, in validation (or None)
-SKIPPED = {
-    'no-width': (dict(bbox=[5, 5, 0, 9]), '1 boxes have no width or height'),
-    'no-area': (dict(bbox=[5, 5, 0, 0]), '1 boxes have no width or height'),
-    'negative': (dict(bbox=[50, 50, -20, -9]), '1 boxes have no width or height'),
-    'left-of': (dict(bbox=[-50, 5, 40, 20]), '1 boxes lie outside of their image'),
-    'below': (dict(bbox=[5, HEIGHT, 9, 9]), '1 boxes lie outside of their image'),
-    'zero-area': (dict(area=0), '1 annotations have an area of 0 or less'),
-    'thin': (dict(bbox=[5, 5, 0.5, 20], area=10), '1 boxes are narrower or lower'),
-    'ignore': (dict(ignore=1), '1 annotations are marked "ignore"'),
-}
-# left out by the loader of masks and not by the dataset
-IGNORED = {
-    'two-points': (TWO_POINTS, '1 objects have no polygon of three points or more'),
-    'one-point': ([[1, 1]], '1 objects have no polygon of three points or more'),
-    'no-points': ([[]], '1 objects have no polygon of three points or more'),
-    'odd': ([[1, 1, 9, 1, 9]], '1 objects have no polygon of three points or more'),
-}
-
-
 @pytest.mark.parametrize('case', SKIPPED)
 def test_skipped_in_training(sandbox, build, case):
     fields, note = SKIPPED[case]
@@ -79,7 +67,7 @@ def test_skipped_in_validation(sandbox, build, case):
     key = one_more(sandbox, 'val', **fields)
     cfg = sandbox.config()
     report = text_of(check_config(cfg))
-    assert re.search(f'{note}.* are skipped .the metric still counts', report)
+    assert re.search(f'{note}.* are skipped; the metric counts all these', report)
     samples = {data['data_samples'].img_id for data in build(cfg, 'val')}
     assert key in samples and len(samples) == 2
 
