@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.fileio import load as load_file
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
@@ -91,6 +92,20 @@ def test_recipe(read):
     assert (resize.scale, resize.edge, resize.backend) == (256, 'short', 'pillow')
     assert resize.interpolation == 'bicubic' and crop.crop_size == 224
     assert cfg.test_evaluator.topk == (1, 5)
+
+
+@pytest.mark.parametrize('arch', PUBLISHED)
+def test_the_table_shows_the_index(repo, arch):
+    (entry,) = [
+        model
+        for model in load_file(repo / 'configs' / 'imagenet' / 'metafile.yml')['Models']
+        if f'rest_{arch}_' in model['Name']
+    ]
+    row = (
+        f'| `rest_{arch}_8xb128_in1k` | {entry["Results"][0]["Metrics"]["top-1"]} '
+        f'| {PUBLISHED[arch][0]:,} | {entry["Metadata"]["FLOPs"] / 1e9:.2f} G |'
+    )
+    assert row in (repo / 'docs' / 'classification.md').read_text(encoding='utf-8')
 
 
 @pytest.mark.parametrize('name', ['lite_published', 'lite_pos_le'])
