@@ -10,7 +10,8 @@ from mmengine.runner import Runner
 
 from mmrest import launch
 from mmrest.checkpoint import CheckpointError, check_agreement, check_load_from
-from mmrest.engine import NonFiniteError
+from mmrest.engine import NonFiniteError, Preempted, StopSignals
+from mmrest.engine.disk import explain_disk_error, survive_log_errors
 from mmrest.preflight import PreflightError, check_config, log_report
 
 
@@ -77,7 +78,9 @@ def check_start(runner: Runner, cfg: Config) -> None:
 
 
 def main():
+    StopSignals().start()
     args = parse_args()
+    cfg = {}
     try:
         cfg = launch.load_config(args)
         apply_options(cfg, args)
@@ -91,6 +94,7 @@ def main():
         if note:
             runner.logger.warning(note)
         check_start(runner, cfg)
+        survive_log_errors(runner.logger)
         runner.train()
     except (
         launch.LaunchError,
@@ -99,6 +103,14 @@ def main():
         NonFiniteError,
     ) as error:
         sys.exit(f'tools/train.py: {error}')
+    except OSError as error:
+        text = explain_disk_error(error, cfg.get('work_dir', '.'))
+        if text is None:
+            raise
+        sys.exit(f'tools/train.py: {text}')
+    except Preempted as stop:
+        print(f'tools/train.py: {stop}', file=sys.stderr)
+        raise  # it carries the exit status
 
 
 if __name__ == '__main__':

@@ -13,8 +13,8 @@ default_hooks = dict(
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='DetVisualizationHook'),
 )
-# A list that replaces this one, in a config of yours, should name the hook again.
-custom_hooks = [dict(type='CheckNonFiniteHook')]
+# A list that replaces this one, in a config of yours, should name the hooks again.
+custom_hooks = [dict(type='CheckNonFiniteHook'), dict(type='PreemptionHook')]
 log_processor = dict(type='LogProcessor', window_size=50, by_epoch=False)
 log_level = 'INFO'
 

@@ -3,7 +3,11 @@ _base_ = './default_runtime.py'
 
 default_scope = 'mmseg'
 # Names the file of a label image with an index that is no class.
-custom_hooks = [dict(type='CheckNonFiniteHook'), dict(type='LabelRangeHook')]
+custom_hooks = [
+    dict(type='CheckNonFiniteHook'),
+    dict(type='PreemptionHook'),
+    dict(type='LabelRangeHook'),
+]
 default_hooks = dict(
     logger=dict(log_metric_by_epoch=False),
     checkpoint=dict(interval=8000),

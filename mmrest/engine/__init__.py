@@ -4,11 +4,16 @@ from .checkpointing import WholeCheckpointHook
 from .label_range import LabelRangeHook
 from .numerics import CheckNonFiniteHook, NonFiniteError
 from .optim import LayerDecayOptimWrapperConstructor
+from .preemption import PreemptionHook
+from .stop_signals import Preempted, StopSignals
 
 __all__ = [
     'CheckNonFiniteHook',
     'LayerDecayOptimWrapperConstructor',
     'LabelRangeHook',
     'NonFiniteError',
+    'Preempted',
+    'PreemptionHook',
+    'StopSignals',
     'WholeCheckpointHook',
 ]
