@@ -23,10 +23,10 @@ from mmrest.checkpoint import read_checkpoint
 from mmrest.checkpoint.writing import remove_unfinished, save_whole, write_whole
 
 from . import random_states
-from .resuming import restore_when_data_is_advanced
+from .resuming import continue_exactly
 
-# where the states are in a checkpoint
-RANDOM_STATES = 'random_states'
+# where a checkpoint has what mmengine does not save, see resuming.py
+RESUME_STATE = 'resume_state'
 
 
 @HOOKS.register_module()
@@ -63,7 +63,7 @@ class WholeCheckpointHook(CheckpointHook):
       accumulated is not saved. Choose ``interval`` as a multiple of
       ``accumulative_counts``.
 
-    A validation that was interrupted is not repeated by MMEngine.
+    A validation that was due after the checkpoint is made before the first iteration.
 
     Only local files are treated so; with a remote ``backend_args`` or the deprecated
     ``file_client_args`` MMEngine's own way is taken, with the random states.
@@ -73,8 +73,8 @@ class WholeCheckpointHook(CheckpointHook):
     """
 
     _local = False
-    _saved_states: Optional[list] = None
-    _loaded_states: Optional[list] = None
+    _saved_state: Optional[dict] = None
+    _loaded_state: Optional[dict] = None
     _before_val: Optional[dict] = None
     _postponed: Optional[list] = None
 
@@ -88,7 +88,10 @@ class WholeCheckpointHook(CheckpointHook):
             self.file_backend = _RemovesLater()
             if is_main_process():
                 self._clear_up(runner)
-        self._continue_random_states(runner)
+        state, self._loaded_state = self._loaded_state, None
+        if state is not None and (runner.iter or runner.epoch):  # load_from: neither
+            self._find_last(runner)
+            continue_exactly(runner, state)
 
     def after_train(self, runner: Runner) -> None:
         """Publish, and remove what is out of date."""
@@ -107,13 +110,13 @@ class WholeCheckpointHook(CheckpointHook):
             self._before_val = None
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Add the random states to a checkpoint from which a run can continue."""
-        if self._saved_states is not None:
-            checkpoint[RANDOM_STATES] = self._saved_states
+        """Add what is needed to continue exactly; a best checkpoint is not for that."""
+        if self._saved_state is not None:
+            checkpoint[RESUME_STATE] = self._saved_state
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Take the random states; used if the run is resumed."""
-        self._loaded_states = checkpoint.get(RANDOM_STATES)
+        """Keep it until all hooks have started."""
+        self._loaded_state = checkpoint.get(RESUME_STATE)
 
     def _clear_up(self, runner: Runner) -> None:
         for folder in {str(self.out_dir), runner.work_dir}:
@@ -123,32 +126,21 @@ class WholeCheckpointHook(CheckpointHook):
                     'killed had begun to write.'
                 )
 
-    def _continue_random_states(self, runner: Runner) -> None:
-        states, self._loaded_states = self._loaded_states, None
-        if not (runner.iter or runner.epoch):
-            return  # load_from starts a new run
-        if states is None:
-            runner.logger.info(
-                'The checkpoint holds no random states; augmentations and dropout '
-                'will differ from those of a run without interruption.'
-            )
-            return
-        try:
-            own = random_states.own(states)
-        except LookupError as reason:
-            runner.logger.warning(
-                f'{reason}, so that the data are dealt out otherwise and the run '
-                'continues with other random numbers.'
-            )
-            return
-        restore_when_data_is_advanced(runner, lambda: random_states.restore(own))
+    def _find_last(self, runner: Runner) -> None:
+        """A new best checkpoint is noted in the latest, also if that is an old one."""
+        known = runner.message_hub.runtime_info.get('last_ckpt')
+        if self._local and known is not None:
+            path = os.path.join(self.out_dir, os.path.basename(known))
+            self.last_ckpt = path if os.path.exists(path) else None
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         if self._postponed is not None:
             self._postponed.append((step, meta))
             return
-        self._saved_states = random_states.gather(
-            self._before_val or random_states.capture()
+        own = self._before_val or random_states.capture()
+        self._saved_state = dict(
+            random_states=random_states.gather(own),
+            validated=self._before_val is not None,
         )
         try:
             if self._local:
@@ -156,7 +148,7 @@ class WholeCheckpointHook(CheckpointHook):
             else:
                 super()._save_checkpoint_with_step(runner, step, meta)
         finally:
-            self._saved_states = None
+            self._saved_state = None
 
     def _save_whole(self, runner: Runner, step: int, meta: dict) -> None:
         kept = self._note_kept(runner, step)

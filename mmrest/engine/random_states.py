@@ -44,7 +44,7 @@ def restore(state: dict[str, Any]) -> None:
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f'the random states in the checkpoint cannot be used: {error!r}. Was it '
-            'written by WholeCheckpointHook? Remove `random_states` from the file to '
+            'written by WholeCheckpointHook? Remove `resume_state` from the file to '
             'continue with other random numbers.'
         ) from error
 

@@ -1,5 +1,10 @@
-"""Find the moment at which a resumed run has passed its old data."""
+"""Continue a run exactly: random states, and a validation that was due.
 
+What MMEngine restores itself, the weights, the optimizer and its schedules, and the
+position in the data, is left to it.
+"""
+
+import bisect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -7,25 +12,72 @@ from typing import Any
 import torch
 from mmengine.runner import Runner
 
+from mmrest.checkpoint import CheckpointError
 
-def restore_when_data_is_advanced(runner: Runner, restore: Callable[[], None]) -> None:
-    """Call ``restore`` right before the first batch that is new.
+from . import random_states
+
+
+def continue_exactly(runner: Runner, state: dict[str, Any]) -> None:
+    """Bring a resumed run to where the one that saved the checkpoint was.
+
+    A validation that follows the checkpoint is made again, unless the checkpoint was
+    saved after it: it may find the best checkpoint or change the learning rate.
+
+    Args:
+        runner (Runner): At the end of ``before_train``, resumed.
+        state (dict): ``random_states`` of all processes, and ``validated``, whether
+            the checkpoint was saved after the validation of its iteration.
+
+    Raises:
+        CheckpointError: If ``state`` is something else.
+    """
+    try:
+        states, validated = list(state['random_states']), bool(state['validated'])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f'the resume_state in the checkpoint cannot be used: {error!r}. Remove it '
+            'from the file to continue with other random numbers.'
+        ) from error
+    try:
+        own = random_states.own(states)
+    except LookupError as reason:
+        runner.logger.warning(
+            f'{reason}, so that the data are dealt out otherwise and the run continues '
+            'with other random numbers.'
+        )
+    else:
+        random_states.restore(own)
+        _call_when_advanced(runner, lambda: random_states.restore(own))
+    if not validated and _validation_is_due(runner):
+        runner.logger.info('Validating, as the run would have after its checkpoint.')
+        runner.val_loop.run()
+
+
+def _validation_is_due(runner: Runner) -> bool:
+    """Whether MMEngine's loops validate after the iteration or epoch of now."""
+    loop = runner.train_loop
+    if runner.val_loop is None or not hasattr(loop, 'dynamic_intervals'):
+        return False
+    done, last = (runner.iter, runner.max_iters)
+    if not hasattr(loop, 'dataloader_iterator'):
+        done, last = (runner.epoch, runner.max_epochs)
+    stage = bisect.bisect(loop.dynamic_milestones, done + 1) - 1
+    is_turn = done % loop.dynamic_intervals[stage] == 0 or done == last
+    return done >= loop.val_begin and is_turn
+
+
+def _call_when_advanced(runner: Runner, action: Callable[[], None]) -> None:
+    """Call ``action`` right before the first batch that is new.
 
     In iteration-based training MMEngine skips the batches that were trained on
     already after all hooks of the start, and draws random numbers while it does so.
     In epoch-based training there is nothing to skip.
-
-    Args:
-        runner (Runner): At ``before_train``, resumed.
-        restore (callable): Without arguments.
     """
     loop = runner.train_loop
     if runner.iter and hasattr(loop, 'dataloader_iterator'):
         # an option of OneDL's MMEngine, not to skip
         skip = 0 if getattr(loop, 'fast_forward_on_resume', False) else runner.iter
-        loop.dataloader_iterator = _CallsWhenAdvanced(loop, skip, restore)
-    else:
-        restore()
+        loop.dataloader_iterator = _CallsWhenAdvanced(loop, skip, action)
 
 
 class _CallsWhenAdvanced:
