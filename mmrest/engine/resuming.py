@@ -58,6 +58,8 @@ def _validation_is_due(runner: Runner) -> bool:
     loop = runner.train_loop
     if runner.val_loop is None or not hasattr(loop, 'dynamic_intervals'):
         return False
+    if runner.message_hub.runtime_info.get('preempted_before_validation'):
+        return False  # PreemptionHook sees to it
     done, last = (runner.iter, runner.max_iters)
     if not hasattr(loop, 'dataloader_iterator'):
         done, last = (runner.epoch, runner.max_epochs)
