@@ -170,6 +170,25 @@ def test_golden_logits_from_a_published_file(
     assert float((found - expected).abs().max()) < 2e-5 * scale
 
 
+def test_inferencer_of_mmpretrain(repo, data_dir, published_lite, tmp_path):
+    """It runs no hooks, so it takes a renamed file, as docs/classification.md says."""
+    from mmpretrain import ImageClassificationInferencer
+
+    path = tmp_path / 'renamed.pth'
+    renamed = to_image_classifier(read_checkpoint(published_lite('model')))
+    torch.save(dict(state_dict=renamed), path)
+    config = str(repo / 'configs' / 'imagenet' / 'rest_lite_8xb128_in1k.py')
+    inferencer = ImageClassificationInferencer(config, str(path), device='cpu')
+    logits = np.load(data_dir / 'golden_backbone.npz')['rest_lite/logits']
+    with torch.no_grad():
+        found = inferencer.model(image((1, 3, 224, 224), 1))
+    assert np.abs(found.numpy() - logits).max() < 2e-5 * np.abs(logits).max()
+    picture = np.random.randint(256, size=(300, 240, 3), dtype=np.uint8)
+    (result,) = inferencer(picture)
+    assert result['pred_scores'].shape == (1000,)
+    assert result['pred_scores'].sum() == pytest.approx(1, abs=1e-4)
+
+
 def test_other_checkpoints_pass_unchanged(read):
     hook = PublishedClassifierHook()
     own = MODELS.build(read('imagenet/rest_lite_8xb128_in1k.py').model).state_dict()
