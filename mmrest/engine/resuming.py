@@ -63,6 +63,8 @@ def _validation_is_due(runner: Runner) -> bool:
     done, last = (runner.iter, runner.max_iters)
     if not hasattr(loop, 'dataloader_iterator'):
         done, last = (runner.epoch, runner.max_epochs)
+        if runner.iter > done * len(runner.train_dataloader):
+            return False  # within an epoch, see PreemptionHook
     stage = bisect.bisect(loop.dynamic_milestones, done + 1) - 1
     is_turn = done % loop.dynamic_intervals[stage] == 0 or done == last
     return done >= loop.val_begin and is_turn
