@@ -4,8 +4,9 @@ import re
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+
+from mmrest.checkpoint import read_checkpoint
 
 
 def iterations(output):
@@ -46,7 +47,7 @@ def test_resume_on_two_processes_without_gpus(run, config, trained, tmp_path):
     assert iterations(output) == [3]
     assert 'SyncBN needs GPUs' in output and 'current batch size is 4' in output
     assert 'Iter(val) [2/2]' in output  # three images on two processes
-    saved = torch.load(tmp_path / 'run' / 'iter_3.pth', weights_only=False)
+    saved = read_checkpoint(tmp_path / 'run' / 'iter_3.pth')
     assert saved['meta']['iter'] == 3
 
 
