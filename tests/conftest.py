@@ -62,6 +62,12 @@ def free_port() -> str:
 
 
 @pytest.fixture(scope='session')
+def free_ports():
+    """Ports for launchers, one after the other."""
+    return iter(free_port, None)
+
+
+@pytest.fixture(scope='session')
 def run(repo):
     """Run a tool as a process; the output of both streams comes back."""
 

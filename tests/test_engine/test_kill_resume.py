@@ -10,9 +10,9 @@ import signal
 
 import kill_runs
 import pytest
-import torch
+from kill_checks import UNFINISHED, check_folder, check_same_state, same
 
-from mmrest.checkpoint import CheckpointError, inspect_latest, read_checkpoint
+from mmrest.checkpoint import CheckpointError, read_checkpoint
 
 LAST = f'iter_{kill_runs.ITERS}.pth'
 KILLED = -signal.SIGKILL
@@ -61,36 +61,14 @@ def undisturbed(call, tmp_path_factory):
     return folder / 'run', names.read_text().splitlines()
 
 
-def check_folder(work_dir):
-    """At any moment: whole files only, and ``last_checkpoint`` names one of them."""
-    for path in work_dir.glob('*.pth'):
-        assert read_checkpoint(path)['state_dict']
-    pointer = work_dir / 'last_checkpoint'
-    if pointer.exists():
-        assert inspect_latest(pointer.read_text()).iteration > 0
-
-
-def same(one, other):
-    """Whether two nests of tensors and values agree bit by bit."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
-
-
 def check_same_end(work_dir, reference, last=LAST):
-    ours, theirs = read_checkpoint(work_dir / last), read_checkpoint(reference / last)
-    for key in ('state_dict', 'optimizer', 'param_schedulers', 'resume_state'):
-        assert same(ours[key], theirs[key]), key
+    ours = check_same_state(work_dir / last, reference / last)
     # nothing left over, neither half files nor outdated ones
     latest = {
         p.name for p in work_dir.iterdir() if p.name.startswith(('iter', 'epoch'))
     }
     assert latest == {last}
-    assert not list(work_dir.glob('*unfinished*'))
+    assert not list(work_dir.glob(UNFINISHED))
     best = list(work_dir.glob('best_*'))
     named = ours['message_hub']['runtime_info'].get('best_ckpt')
     assert named is None or str(best[0]) == named and len(best) == 1
