@@ -1,11 +1,16 @@
 """A data set of two shapes, a config for it as a user writes one, and processes."""
 
 import json
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+# so that the tests here can import the helpers beside them
+sys.path.insert(0, str(Path(__file__).parent))
 
 CLASSES = ('box', 'diamond')
 
@@ -148,3 +153,21 @@ def trained(run, config, tmp_path_factory):
         'train.py', config, '--work-dir', 'run', '--resume', '--tensorboard', cwd=folder
     )
     return folder / 'run', output
+
+
+@pytest.fixture
+def start(repo, tmp_path):
+    """Start a tool; what still runs at the end of the test is ended."""
+    from started_tools import Started
+
+    started = []
+
+    def start_tool(*args, **environment):
+        started.append(Started(repo, tmp_path, *args, **environment))
+        return started[-1]
+
+    yield start_tool
+    for one in started:
+        if one.process.poll() is None:
+            one.process.send_signal(signal.SIGTERM)
+            one.process.wait(60)

@@ -1,0 +1,65 @@
+"""The tools as processes that get real signals: statuses, checkpoints, resuming."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from started_tools import NO_VAL, OPTIONS, iterations
+
+
+def latest(folder):
+    path = (folder / 'last_checkpoint').read_text()
+    return torch.load(path, weights_only=False)['meta']['iter']
+
+
+@pytest.mark.parametrize(
+    ('tool', 'name'),
+    [
+        ('train.py', 'SIGUSR1'),
+        pytest.param('dist_train.sh', 'SIGTERM', marks=pytest.mark.slow),
+        pytest.param('dist_train.sh', 'SIGUSR1', marks=pytest.mark.slow),
+    ],
+)
+def test_signal_saves_and_asks_for_more(start, config, tmp_path, tool, name):
+    folder = tmp_path / 'run'
+    count = [2] if tool == 'dist_train.sh' else []
+    command = [tool, config, *count, '--work-dir', folder, '--resume']
+    options = ['--cfg-options', *NO_VAL, *OPTIONS]
+    run = start(*command, *options)
+    run.wait_for(r'Iter\(train\)')
+    run.process.send_signal(getattr(signal, name))
+    assert run.end() == 75, run.output[-4000:]
+    done = latest(folder)
+    # with two processes one may have logged an iteration that the file lacks
+    assert done == iterations(run.output)[-1]
+    assert f'after iteration {done}, saved as {folder}/iter_{done}.pth' in run.output
+    if tool == 'dist_train.sh':
+        assert run.output.rstrip().endswith('Exit status 75.')
+
+    again = start(*command, *options, f'train_cfg.max_iters={done + 2}')
+    assert again.end() == 0, again.output[-4000:]
+    assert iterations(again.output)[-2:] == [done + 1, done + 2]
+
+
+def test_signal_before_the_training_asks_for_more(start, config, tmp_path):
+    """There is nothing to save."""
+    pipe = tmp_path / 'load_from'
+    os.mkfifo(pipe)  # reading it waits for a writer
+    options = ['--no-preflight', '--cfg-options', f'load_from={pipe}', *NO_VAL]
+    run = start('train.py', config, *options)
+    end = time.monotonic() + 240
+    while True:  # opening succeeds as soon as the tool reads
+        try:
+            writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+            break
+        except OSError:
+            assert run.process.poll() is None, run.output[-4000:]
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end() == 75, run.output[-4000:]
+    os.close(writer)
+    assert 'SIGTERM before the training began' in run.output
+    assert 'Traceback' not in run.output
