@@ -9,6 +9,7 @@ PYTHON ?=
 DATA ?=
 WORK_DIR ?= work_dirs/demo
 ARGS ?=
+HOURS ?= 0.1
 
 # Some systems have a variable ENV of their own: only the one given to make counts.
 ifneq ($(origin ENV),command line)
@@ -17,7 +18,7 @@ endif
 BIN = $(ENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint bench
+.PHONY: help env demo test lint bench soak
 
 help:
 	@echo 'make env    set up the environment   STACK=openmmlab|onedl ENV=folder PYTHON=python3.11'
@@ -26,6 +27,7 @@ help:
 	@echo 'make test   run the tests            ARGS=options-of-pytest'
 	@echo 'make lint   ruff and codespell'
 	@echo 'make bench  measure the backbone     ARGS=options-of-the-benchmark'
+	@echo 'make soak   train, kill and resume in a loop, and count the damage   HOURS=0.1'
 
 env:
 	@PYTHON='$(PYTHON)' bash tools/make_env.sh '$(STACK)' '$(ENV)'
@@ -43,3 +45,6 @@ lint: env
 
 bench: env
 	'$(BIN)/python' tools/analysis_tools/benchmark.py $(ARGS)
+
+soak: env
+	'$(BIN)/python' tools/analysis_tools/soak.py --hours '$(HOURS)' $(ARGS)

@@ -5,6 +5,7 @@ each fsync, and each rename and removal before and after it happens. The functio
 here run in a process of their own, see ``test_kill_resume.py``.
 """
 
+import itertools
 import os
 import random
 import signal
@@ -20,6 +21,7 @@ from rest_runs import Images, Regressor, collate
 from mmrest.checkpoint import find_latest
 
 ITERS, INTERVAL = 6, 2
+RUNS = itertools.count()
 
 
 class NoisyImages(Images):
@@ -40,7 +42,7 @@ class MeanError(BaseMetric):
         self.results.extend(float(value) for value in data_samples)
 
     def compute_metrics(self, results):
-        return dict(loss=float(np.mean(results)))
+        return dict(loss=float(np.mean(results)), other=float(np.max(results)))
 
 
 class Steps:
@@ -130,11 +132,11 @@ def build(work_dir, resume_from=None, validate=True, workers=0, epochs=False, **
         param_scheduler=dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=5),
         default_hooks=dict(checkpoint=hook),
         default_scope='mmengine',
-        experiment_name=f'run_{os.getpid()}',
+        experiment_name=f'run_{next(RUNS)}',
         log_level='ERROR',
         load_from=resume_from,
         resume=resume_from is not None,
-        randomness=dict(seed=3, diff_rank_seed=True),
+        randomness=dict(seed=3, diff_rank_seed='launcher' in kwargs),
         **kwargs,
     )
 
