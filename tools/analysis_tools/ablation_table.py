@@ -113,9 +113,9 @@ def table(args: argparse.Namespace) -> str:
     lines += [
         '',
         f'{args.size}x{args.size} pixels, float32, {platform.machine()}, '
-        f'{args.threads} thread(s), PyTorch {torch.__version__}: ms an image in batches '
-        f'of {args.batch}, and the time relative to `{next(iter(models))}` just '
-        f'before; medians of {args.rounds} rounds.',
+        f'{args.threads} thread(s), PyTorch {torch.__version__}: ms an image in '
+        f'batches of {args.batch}, and the time relative to `{next(iter(models))}` '
+        f'just before; medians of {args.rounds} rounds.',
     ]
     return '\n'.join(lines)
 
