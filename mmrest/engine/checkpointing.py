@@ -9,6 +9,7 @@ no other. The hook here has the same options and writes through
 import hashlib
 import io
 import os
+import re
 from pathlib import Path
 from typing import Any, Optional
 
@@ -90,7 +91,7 @@ class WholeCheckpointHook(CheckpointHook):
                 self._clear_up(runner)
         state, self._loaded_state = self._loaded_state, None
         if state is not None and (runner.iter or runner.epoch):  # load_from: neither
-            self._find_last(runner)
+            self._go_on_after(runner, state)
             continue_exactly(runner, state)
 
     def after_train(self, runner: Runner) -> None:
@@ -126,12 +127,20 @@ class WholeCheckpointHook(CheckpointHook):
                     'killed had begun to write.'
                 )
 
-    def _find_last(self, runner: Runner) -> None:
-        """A new best checkpoint is noted in the latest, also if that is an old one."""
+    def _go_on_after(self, runner: Runner, state: dict) -> None:
+        """Find the latest checkpoint, and remove what the process before was to."""
         known = runner.message_hub.runtime_info.get('last_ckpt')
-        if self._local and known is not None:
-            path = os.path.join(self.out_dir, os.path.basename(known))
-            self.last_ckpt = path if os.path.exists(path) else None
+        if not (self._local and known and isinstance(state, dict)):
+            return
+        path = os.path.join(self.out_dir, os.path.basename(known))
+        # a new best checkpoint is noted in the latest, also if that is an old one
+        self.last_ckpt = path if os.path.exists(path) else None
+        before, _, after = self.filename_tmpl.partition('{}')
+        own = rf'(best_[^/\\]*_)?{re.escape(before)}\d+{re.escape(after)}'
+        for name in state.get('outdated', ()):
+            if re.fullmatch(own, str(name)):  # a forged file could name any
+                self.file_backend.remove(os.path.join(self.out_dir, name))
+        self._remove_outdated()
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         if self._postponed is not None:
@@ -151,9 +160,13 @@ class WholeCheckpointHook(CheckpointHook):
             self._saved_state = None
 
     def _save_whole(self, runner: Runner, step: int, meta: dict) -> None:
-        kept = self._note_kept(runner, step)
+        self._note_kept(runner, step)
         path = os.path.join(self.out_dir, self.filename_tmpl.format(step))
         runner.message_hub.update_info('last_ckpt', path)
+        # should the process be killed before it removes them, the next one does
+        self._saved_state['outdated'] = [
+            os.path.basename(outdated) for outdated in self.file_backend.waiting
+        ]
         _WritesWhole(runner).save_checkpoint(
             self.out_dir,
             os.path.basename(path),
@@ -172,27 +185,20 @@ class WholeCheckpointHook(CheckpointHook):
 
         save_whole(os.path.join(runner.work_dir, 'last_checkpoint'), name_it)
         self._remove_outdated()
-        if kept is not None:
-            runner.message_hub.update_info('keep_ckpt_ids', kept)
 
-    def _note_kept(self, runner: Runner, step: int) -> Optional[list[int]]:
-        """Say which checkpoints are to be kept, and which one no longer.
-
-        The file that is saved next also names the one that will be removed after it:
-        should the process be killed in between, MMEngine removes it on resuming.
-        """
+    def _note_kept(self, runner: Runner, step: int) -> None:
+        """Say which checkpoints are to be kept, and which one no longer."""
         if self.max_keep_ckpts <= 0:
-            return None
+            return
         known = list(self.keep_ckpt_ids)
         if known[-1:] != [step]:
             known.append(step)
-        runner.message_hub.update_info('keep_ckpt_ids', list(known))
         for outdated in known[: -self.max_keep_ckpts]:
             name = self.filename_tmpl.format(outdated)
             self.file_backend.remove(os.path.join(self.out_dir, name))
         self.keep_ckpt_ids.clear()
         self.keep_ckpt_ids.extend(known[-self.max_keep_ckpts :])
-        return list(self.keep_ckpt_ids)
+        runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         if not (self.save_best and self._local):
@@ -236,16 +242,16 @@ class _RemovesLater(LocalBackend):
     """Local files; what is to be removed is first remembered."""
 
     def __init__(self) -> None:
-        self._waiting: list[str] = []
+        self.waiting: list[str] = []
 
     def remove(self, filepath: Any) -> None:
-        self._waiting.append(os.fspath(filepath))
+        self.waiting.append(os.fspath(filepath))
 
     rmtree = remove
 
     def remove_waiting(self, needed: set) -> None:
         """Remove all of them, on the first process, except those in ``needed``."""
-        waiting, self._waiting = self._waiting, []
+        waiting, self.waiting = self.waiting, []
         if not is_main_process():
             return
         for path in waiting:

@@ -225,3 +225,29 @@ def test_random_states_of_another_number_of_processes():
 def test_forged_random_states(state):
     with pytest.raises(CheckpointError, match='random states in the checkpoint'):
         random_states.restore(state)
+
+
+def test_forged_list_of_outdated_files(tmp_path):
+    """A checkpoint cannot make the run delete what is not its own."""
+    build(tmp_path / 'run', validate=False).train()
+    path = tmp_path / 'run' / 'iter_6.pth'
+    names = ['notes.txt', '../iter_1.pth', 'best_/../../iter_1.pth', 'iter_1.pth']
+    for file in ('run/notes.txt', 'run/iter_1.pth', 'iter_1.pth'):
+        (tmp_path / file).touch()
+    saved = read_checkpoint(path)
+    saved['resume_state']['outdated'] = names
+    torch.save(saved, path)
+    build(tmp_path / 'run', str(path), validate=False).train()
+    left = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob('*.*')}
+    assert {'run/notes.txt', 'iter_1.pth'} <= left
+    assert 'run/iter_1.pth' not in left  # which is one of its own
+
+
+def test_forged_resume_state(tmp_path):
+    build(tmp_path, validate=False).train()
+    path = tmp_path / 'iter_6.pth'
+    saved = read_checkpoint(path)
+    for state in ([], dict(random_states=3, validated=False)):
+        torch.save(dict(saved, resume_state=state), path)
+        with pytest.raises(CheckpointError, match='resume_state in the checkpoint'):
+            build(tmp_path, str(path), validate=False).train()
