@@ -8,9 +8,11 @@ import re
 import pytest
 import torch
 from kill_checks import UNFINISHED, check_folder, same
-from kill_runs import build
+from kill_runs import build, loader
 from mmengine.fileio import BaseStorageBackend, register_backend
 from mmengine.hooks import Hook
+from mmengine.runner import FlexibleRunner
+from rest_runs import Regressor
 
 from mmrest.checkpoint import CheckpointError, CheckpointWriteError, read_checkpoint
 from mmrest.checkpoint.writing import remove_unfinished, save_whole, write_whole
@@ -251,3 +253,42 @@ def test_forged_resume_state(tmp_path):
         torch.save(dict(saved, resume_state=state), path)
         with pytest.raises(CheckpointError, match='resume_state in the checkpoint'):
             build(tmp_path, str(path), validate=False).train()
+
+
+def flexible(work_dir, load_from=None):
+    """The runner that MMEngine's strategies, such as FSDP's, need."""
+    torch.manual_seed(0)
+    return FlexibleRunner(
+        model=Regressor(drop_rate=0.2, norm_eval=False),
+        strategy=dict(type='SingleDeviceStrategy'),
+        work_dir=str(work_dir),
+        train_dataloader=loader(0, shuffle=True),
+        train_cfg=dict(by_epoch=False, max_iters=6),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01, momentum=0.9)),
+        default_hooks=dict(
+            checkpoint=dict(
+                type='WholeCheckpointHook', by_epoch=False, interval=2, max_keep_ckpts=2
+            )
+        ),
+        default_scope='mmengine',
+        experiment_name=f'flexible_{work_dir.name}_{load_from is None}',
+        log_level='ERROR',
+        randomness=dict(seed=3),
+        load_from=load_from,
+        resume=load_from is not None,
+    )
+
+
+def test_flexible_runner(tmp_path):
+    flexible(tmp_path / 'whole').train()
+    assert {p.name for p in (tmp_path / 'whole').glob('*.pth*')} == {
+        'iter_4.pth',
+        'iter_6.pth',
+    }
+    start = tmp_path / 'whole' / 'iter_4.pth'
+    flexible(tmp_path / 'resumed', str(start)).train()
+    one, other = (
+        read_checkpoint(tmp_path / name / 'iter_6.pth') for name in ('whole', 'resumed')
+    )
+    for key in ('state_dict', 'optimizer', 'resume_state'):
+        assert same(one[key], other[key]), key
