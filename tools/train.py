@@ -1,12 +1,15 @@
 """Train the model that a config describes, with MMEngine's Runner."""
 
 import argparse
+import copy
 import sys
 
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.registry import RUNNERS
+from mmengine.registry import MODELS, RUNNERS
 from mmengine.runner import Runner
+from torch.nn import Module
+from torch.random import fork_rng
 
 from mmrest import launch
 from mmrest.checkpoint import CheckpointError, check_agreement, check_load_from
@@ -72,9 +75,11 @@ def check_start(runner: Runner, cfg: Config) -> None:
     start = cfg.get('load_from')
     check_agreement(start)
     if start:
-        check_load_from(
-            runner.model, start, exact=bool(cfg.get('resume')), hooks=runner.hooks
-        )
+        model = runner.model
+        if not isinstance(model, Module):  # FlexibleRunner builds it in train()
+            with fork_rng():
+                model = MODELS.build(copy.deepcopy(model))
+        check_load_from(model, start, exact=bool(cfg.get('resume')), hooks=runner.hooks)
 
 
 def main():

@@ -1,6 +1,7 @@
 """Hooks and what else MMEngine's Runner takes from this package."""
 
 from .checkpointing import WholeCheckpointHook
+from .fsdp import BlockFSDPStrategy, rest_block_wrap_policy
 from .label_range import LabelRangeHook
 from .numerics import CheckNonFiniteHook, NonFiniteError
 from .optim import LayerDecayOptimWrapperConstructor
@@ -8,6 +9,7 @@ from .preemption import PreemptionHook
 from .stop_signals import Preempted, StopSignals
 
 __all__ = [
+    'BlockFSDPStrategy',
     'CheckNonFiniteHook',
     'LayerDecayOptimWrapperConstructor',
     'LabelRangeHook',
@@ -16,4 +18,5 @@ __all__ = [
     'PreemptionHook',
     'StopSignals',
     'WholeCheckpointHook',
+    'rest_block_wrap_policy',
 ]

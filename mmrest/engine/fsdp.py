@@ -1,0 +1,120 @@
+"""FullyShardedDataParallel of models with ResT, through MMEngine's FlexibleRunner."""
+
+from typing import Any, Optional, Union
+
+import torch
+from mmengine._strategy import FSDPStrategy
+from mmengine.device import get_device
+from mmengine.registry import FUNCTIONS, STRATEGIES
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from ..models.layers import Block
+
+
+@FUNCTIONS.register_module()
+def rest_block_wrap_policy(
+    module: nn.Module, recurse: bool, nonwrapped_numel: int
+) -> bool:
+    """Make every block of ResT a unit, and all the rest of the model one.
+
+    For ``auto_wrap_policy`` of MMEngine's ``MMFullyShardedDataParallel``: the
+    parameters of one block at a time are gathered for its forward and its backward
+    pass.
+
+    Args:
+        module (nn.Module): The module in question.
+        recurse (bool): Whether it is asked if to look into the module, and not if to
+            wrap it.
+        nonwrapped_numel (int): Its parameters that are in no unit yet.
+
+    Returns:
+        bool: The answer.
+    """
+    return recurse or isinstance(module, Block)
+
+
+@STRATEGIES.register_module()
+class BlockFSDPStrategy(FSDPStrategy):
+    """MMEngine's ``FSDPStrategy`` by blocks of ResT, which can also be resumed.
+
+    It differs from ``FSDPStrategy`` in that
+
+    - every block is a unit, see :func:`rest_block_wrap_policy`, unless
+      ``model_wrapper`` has an ``auto_wrap_policy``;
+    - a checkpoint is one file with the whole state, which a model without FSDP loads;
+    - the optimizer's state is loaded: MMEngine 0.10.7 hands its arguments on in an
+      order that torch has given up since 2.1, so that resuming fails;
+    - it runs on a CPU with gloo too, where each process gathers the whole state to
+      save it (on a GPU the first one does, into the memory of the machine).
+
+    A gradient is clipped by the norm of a process's own part, so leave
+    ``optim_wrapper.clip_grad`` out. Layer decay by names is not for it either.
+
+    Args:
+        model_wrapper (dict, optional): Fields of ``MMFullyShardedDataParallel``.
+        state_dict_cfg (str | dict): As for ``FSDPStrategy``. Default: ``'full'``.
+        **kwargs: As for ``FSDPStrategy``.
+    """
+
+    def __init__(
+        self,
+        *,
+        model_wrapper: Optional[dict] = None,
+        state_dict_cfg: Union[str, dict] = 'full',
+        **kwargs: Any,
+    ) -> None:
+        model_wrapper = dict(model_wrapper or {})
+        model_wrapper.setdefault('type', 'MMFullyShardedDataParallel')
+        model_wrapper.setdefault('auto_wrap_policy', 'rest_block_wrap_policy')
+        on_cpu = get_device() == 'cpu'
+        if on_cpu:
+            # a number, MMEngine's default, means a GPU
+            model_wrapper.setdefault('device_id', torch.device('cpu'))
+        super().__init__(
+            model_wrapper=model_wrapper, state_dict_cfg=state_dict_cfg, **kwargs
+        )
+        if on_cpu and state_dict_cfg == 'full':
+            # torch 2.13 frees what it should copy "to the CPU", and crashes
+            for config in (self.state_dict_config, self.optim_state_dict_config):
+                config.rank0_only = config.offload_to_cpu = False
+
+    def load_optim_state_dict(self, state_dict: dict) -> None:
+        """Load the optimizer's state.
+
+        Args:
+            state_dict (dict): What a checkpoint has as ``optimizer``, of this
+                strategy or of a run without FSDP and with the same config.
+        """
+        names = self._names_of_optimizer()
+        state_dict = dict(
+            state={
+                names[key] if isinstance(key, int) else key: value
+                for key, value in state_dict['state'].items()
+            },
+            param_groups=[
+                dict(
+                    group,
+                    params=[
+                        names[key] if isinstance(key, int) else key
+                        for key in group['params']
+                    ],
+                )
+                for group in state_dict['param_groups']
+            ],
+        )
+        state = FullyShardedDataParallel.optim_state_dict_to_load(
+            model=self.model,
+            optim=self.optim_wrapper.optimizer,
+            optim_state_dict=state_dict,
+        )
+        self.optim_wrapper.load_state_dict(state)
+
+    def _names_of_optimizer(self) -> list[str]:
+        """Names of the parameters in the order in which other optimizers count."""
+        names = {
+            id(param): name.replace('_fsdp_wrapped_module.', '')
+            for name, param in self.model.named_parameters()
+        }
+        groups = self.optim_wrapper.optimizer.param_groups
+        return [names[id(param)] for group in groups for param in group['params']]
