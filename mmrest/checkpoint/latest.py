@@ -112,7 +112,9 @@ def inspect_latest(path: Source) -> Latest:
     missing = _missing_state(checkpoint)
     if missing:
         raise _ForeignError(
-            f'{path} holds no state of a training, only weights: {missing} is missing'
+            f'{path} holds no state of a training ({missing} is missing), perhaps '
+            'weights alone. To start a new run with them, leave out --resume and give '
+            '--cfg-options load_from=PATH.'
         )
     meta = checkpoint['meta']
     return Latest(path, meta.get('seed'), meta['iter'])

@@ -187,3 +187,10 @@ def test_processes_that_see_different_files(monkeypatch):
     )
     with pytest.raises(CheckpointError, match=r'process 0: a\.pth, process 1: b\.pth'):
         check_agreement('a.pth')
+
+
+def test_path_of_weights_alone(run):
+    replace_by_weights(run / 'iter_9.pth')
+    cfg = Config(dict(work_dir=str(run)))
+    with pytest.raises(CheckpointError, match='meta is missing.*load_from=PATH'):
+        choose_start(cfg, str(run / 'iter_9.pth'))
