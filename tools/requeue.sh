@@ -21,8 +21,9 @@ launch_and_wait() {
             kill -s "$1" "$command_pid" 2>/dev/null || true
         else
             # torchrun would leave its processes alone and go
-            local child
-            for child in $(ps -o pid= --ppid "$command_pid" 2>/dev/null); do
+            local child children
+            children=$(ps -o pid= --ppid "$command_pid" 2>/dev/null || true)
+            for child in ${children:-$command_pid}; do
                 kill -s "$1" "$child" 2>/dev/null || true
             done
         fi
