@@ -49,7 +49,7 @@ class BlockFSDPStrategy(FSDPStrategy):
       save it (on a GPU the first one does, into the memory of the machine).
 
     A gradient is clipped by the norm of a process's own part, so leave
-    ``optim_wrapper.clip_grad`` out. Layer decay by names is not for it either.
+    ``optim_wrapper.clip_grad`` out.
 
     Args:
         model_wrapper (dict, optional): Fields of ``MMFullyShardedDataParallel``.

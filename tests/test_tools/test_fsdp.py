@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
 from started_tools import NO_VAL, iterations
 
 from mmrest.checkpoint import read_state_dict
@@ -35,6 +37,14 @@ OPTIONS = [
     'default_hooks.checkpoint.interval=1',
     'param_scheduler=None',
 ]
+
+
+def build_detector(path):
+    from mmdet.registry import MODELS
+
+    config = Config.fromfile(path)
+    init_default_scope('mmdet')
+    return MODELS.build(config.model)
 
 
 @pytest.mark.slow
@@ -80,6 +90,8 @@ def test_equals_ddp_and_resumes(start, config, tmp_path):
         )
         moved += not torch.allclose(before[key], value, rtol=1e-4, atol=1e-6)
     assert moved > len(ddp) / 2
+    detector = build_detector(tmp_path / 'shapes.py')
+    detector.load_state_dict(fsdp, strict=True)
     # neither process holds the whole model
     assert max(held) < sum(v.numel() for v in ddp.values()) * 0.75
 
