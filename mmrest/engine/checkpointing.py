@@ -55,7 +55,8 @@ class WholeCheckpointHook(CheckpointHook):
       the seed. ``persistent_workers=False`` continues exactly. In iteration-based
       training MMEngine draws all batches of the past again, so they agree;
     - if a checkpoint is resumed that was saved within an epoch of epoch-based
-      training: MMEngine starts that epoch again;
+      training: MMEngine starts that epoch again. With ``PreemptionHook`` it goes on
+      within it, and only augmentations in workers of the data loader differ;
     - with transforms that keep images from earlier batches (``Mosaic`` with a cache)
       and ``num_workers=0``;
     - on OneDL's MMEngine with ``num_workers > 0`` where it skips the past data
