@@ -88,6 +88,20 @@ class Steps:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class LargeItems(NoisyImages):
+    """More than a pipe takes, from workers that leave their numbers in a folder."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def __getitem__(self, index):
+        (self.folder / str(os.getpid())).touch()
+        item = super().__getitem__(index)
+        item['data_samples'].set_metainfo(dict(comment=os.urandom(2**20)))
+        return item
+
+
 def loader(workers, shuffle, epochs=False, persistent=False):
     kind = 'DefaultSampler' if epochs or not shuffle else 'InfiniteSampler'
     options = dict(persistent_workers=True) if persistent else {}
@@ -123,10 +137,11 @@ def build(work_dir, resume_from=None, validate=True, workers=0, epochs=False, **
             val_cfg=dict(),
         )
     persistent = kwargs.pop('persistent', False)
+    data = kwargs.pop('data', None) or loader(workers, True, epochs, persistent)
     return Runner(
         model=Regressor(drop_rate=0.2, drop_path_rate=0.2, norm_eval=False),
         work_dir=str(work_dir),
-        train_dataloader=loader(workers, True, epochs, persistent),
+        train_dataloader=data,
         train_cfg=loop,
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01, momentum=0.9)),
         param_scheduler=dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=5),
@@ -180,3 +195,12 @@ def train_until(work_dir, stop, **kwargs):
 
     runner.model.train_step = train_step
     runner.train()
+
+
+def train_with_large_items(work_dir, folder):
+    """Killed when its workers wait to hand over a batch."""
+    data = loader(2, shuffle=True)
+    data['dataset'] = LargeItems(folder)
+    # it lets them look after their parent
+    hooks = [dict(type='PreemptionHook')]
+    train_until(work_dir, 2, validate=False, data=data, custom_hooks=hooks)

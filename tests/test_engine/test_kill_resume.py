@@ -5,8 +5,11 @@ second. ``test_tools/test_kill_resume.py`` kills the tools from outside.
 """
 
 import multiprocessing
+import os
 import random
 import signal
+import time
+from pathlib import Path
 
 import kill_runs
 import pytest
@@ -196,3 +199,26 @@ def test_data_and_random_numbers_continue(call, tmp_path, workers, epochs):
     assert call(kill_runs.train_until, run, 6 if epochs else 3, **kwargs) == KILLED
     assert call(kill_runs.train, run, **kwargs) == 0
     check_same_end(run, reference, 'epoch_3.pth' if epochs else LAST)
+
+
+@pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='needs /proc')
+def test_workers_do_not_outlive_a_killed_process(call, tmp_path):
+    """They would keep their memory for ever, waiting to hand over a batch."""
+    folder = tmp_path / 'workers'
+    folder.mkdir()
+    assert call(kill_runs.train_with_large_items, tmp_path / 'run', folder) == KILLED
+    workers = [int(path.name) for path in folder.iterdir()]
+    assert len(workers) == 2
+    end = time.monotonic() + 60
+    while any(map(is_alive, workers)):
+        assert time.monotonic() < end, 'workers are left'
+        time.sleep(0.2)
+
+
+def is_alive(process):
+    try:
+        os.kill(process, 0)
+        state = Path(f'/proc/{process}/stat').read_text().rpartition(') ')[2][0]
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+    return state != 'Z'  # where nobody collects the status of orphans
