@@ -4,6 +4,7 @@ import argparse
 import copy
 import sys
 
+import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import MODELS, RUNNERS
@@ -13,7 +14,7 @@ from torch.random import fork_rng
 
 from mmrest import launch
 from mmrest.checkpoint import CheckpointError, check_agreement, check_load_from
-from mmrest.engine import NonFiniteError, Preempted, StopSignals
+from mmrest.engine import NonFiniteError, StopSignals
 from mmrest.engine.disk import explain_disk_error, survive_log_errors
 from mmrest.preflight import PreflightError, check_config, log_report
 
@@ -83,6 +84,7 @@ def check_start(runner: Runner, cfg: Config) -> None:
 
 
 def main():
+    # the signals' exception is a SystemExit with the status
     StopSignals().start()
     args = parse_args()
     cfg = {}
@@ -101,6 +103,9 @@ def main():
         check_start(runner, cfg)
         survive_log_errors(runner.logger)
         runner.train()
+        if dist.is_initialized():
+            # left to Python's end, gloo's threads at times abort the process
+            dist.destroy_process_group()
     except (
         launch.LaunchError,
         PreflightError,
@@ -113,9 +118,6 @@ def main():
         if text is None:
             raise
         sys.exit(f'tools/train.py: {text}')
-    except Preempted as stop:
-        print(f'tools/train.py: {stop}', file=sys.stderr)
-        raise  # it carries the exit status
 
 
 if __name__ == '__main__':

@@ -112,7 +112,10 @@ class StopSignals:
         if self._running is None and self.received is None:
             self.received = name
             note_requeue('start')
-            raise Preempted(f'{name} before the training began')
+            reason = f'{name} before the training began'
+            # print() may be what was interrupted
+            os.write(2, f'{reason}; exit status {REQUEUE_STATUS}.\n'.encode())
+            raise Preempted(reason)
         if self.received is None and running:
             self.received, self._since = name, time.monotonic()
         elif not running or time.monotonic() - self._since > self._repeat:
