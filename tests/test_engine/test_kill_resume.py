@@ -13,6 +13,7 @@ from pathlib import Path
 
 import kill_runs
 import pytest
+import torch
 from kill_checks import UNFINISHED, check_folder, check_same_state, same
 
 from mmrest.checkpoint import CheckpointError, read_checkpoint
@@ -199,6 +200,19 @@ def test_data_and_random_numbers_continue(call, tmp_path, workers, epochs):
     assert call(kill_runs.train_until, run, 6 if epochs else 3, **kwargs) == KILLED
     assert call(kill_runs.train, run, **kwargs) == 0
     check_same_end(run, reference, 'epoch_3.pth' if epochs else LAST)
+
+
+def test_without_random_states_the_end_is_another(call, tmp_path):
+    """That the test above can fail: as with a checkpoint of MMEngine's hook."""
+    reference, run = tmp_path / 'whole', tmp_path / 'run'
+    assert call(kill_runs.train, reference, validate=False) == 0
+    assert call(kill_runs.train_until, run, 3, validate=False) == KILLED
+    saved = read_checkpoint(run / 'iter_2.pth')
+    del saved['resume_state']
+    torch.save(saved, run / 'iter_2.pth')
+    assert call(kill_runs.train, run, validate=False) == 0
+    with pytest.raises(AssertionError, match='state_dict'):
+        check_same_state(run / LAST, reference / LAST)
 
 
 @pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='needs /proc')
