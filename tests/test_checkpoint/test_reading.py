@@ -20,6 +20,7 @@ import torch
 
 from mmrest.checkpoint import CheckpointError, read_checkpoint, read_state_dict
 from mmrest.checkpoint.errors import RefusedError
+from mmrest.checkpoint.reading import weights_only_forced
 from mmrest.checkpoint.safe_globals import FORCE_SAFE, FORCE_UNSAFE
 
 
@@ -296,4 +297,32 @@ def test_names_of_mmengine(server, payload, weights, monkeypatch, tmp_path):
         read_state_dict('open-mmlab://none')
     with pytest.raises(CheckpointError, match='could not be loaded'):
         read_state_dict('nosuchscheme://none')
+    assert FORCE_SAFE not in os.environ and os.environ[FORCE_UNSAFE] == '1'
+
+
+def test_threads_do_not_switch_each_other_unsafe(monkeypatch):
+    """Reading two names at a time: each is safe to its end, and nothing is left."""
+    monkeypatch.setenv(FORCE_UNSAFE, '1')
+    monkeypatch.delenv(FORCE_SAFE, raising=False)
+    begun, seen = threading.Event(), []
+
+    def first():
+        with weights_only_forced():
+            begun.set()
+            second_thread.join(timeout=0.2)  # it waits for this one's end
+            seen.append(os.environ.get(FORCE_SAFE))
+
+    def second():
+        begun.wait()
+        with weights_only_forced():
+            seen.append(os.environ.get(FORCE_SAFE))
+
+    second_thread = threading.Thread(target=second)
+    first_thread = threading.Thread(target=first)
+    threads = (second_thread, first_thread)  # the first joins a started one
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == ['1', '1']
     assert FORCE_SAFE not in os.environ and os.environ[FORCE_UNSAFE] == '1'
