@@ -304,25 +304,26 @@ def test_threads_do_not_switch_each_other_unsafe(monkeypatch):
     """Reading two names at a time: each is safe to its end, and nothing is left."""
     monkeypatch.setenv(FORCE_UNSAFE, '1')
     monkeypatch.delenv(FORCE_SAFE, raising=False)
-    begun, seen = threading.Event(), []
+    begun, both, seen = threading.Event(), threading.Event(), []
 
     def first():
         with weights_only_forced():
             begun.set()
-            second_thread.join(timeout=0.2)  # it waits for this one's end
+            both.wait(timeout=0.3)  # in vain, if the other waits for this one's end
             seen.append(os.environ.get(FORCE_SAFE))
 
     def second():
         begun.wait()
         with weights_only_forced():
+            both.set()
+            first_thread.join()
             seen.append(os.environ.get(FORCE_SAFE))
 
-    second_thread = threading.Thread(target=second)
     first_thread = threading.Thread(target=first)
-    threads = (second_thread, first_thread)  # the first joins a started one
-    for thread in threads:
+    second_thread = threading.Thread(target=second)
+    for thread in (first_thread, second_thread):
         thread.start()
-    for thread in threads:
+    for thread in (first_thread, second_thread):
         thread.join()
     assert seen == ['1', '1']
     assert FORCE_SAFE not in os.environ and os.environ[FORCE_UNSAFE] == '1'
