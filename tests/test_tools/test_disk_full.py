@@ -88,10 +88,8 @@ def test_file_larger_than_allowed(train, tmp_path):
     assert status == 0 and iterations(output) == [3, 4]
 
 
-def test_full_disk(train, mount, tmp_path):
-    first = tmp_path / 'first'
-    assert train(first, 'train_cfg.max_iters=2')[0] == 0
-    size = (first / 'iter_2.pth').stat().st_size
+def test_full_disk(train, trained, mount):
+    size = (trained[0] / 'iter_2.pth').stat().st_size
     folder = mount(f'size={int(1.6 * size)}') / 'run'
     status, output = train(folder)
     assert_ended_well(folder, status, output, 'No space left on device')
@@ -106,6 +104,7 @@ def test_folder_that_cannot_be_written_is_told_first(train, mount):
     assert 'Iter(train)' not in output
 
 
+@pytest.mark.slow
 def test_full_folder_is_told_first(train, mount):
     folder = mount('size=8k')
     status, output = train(folder)
@@ -121,6 +120,7 @@ def test_work_dir_that_is_a_file_is_told_first(train, tmp_path):
     assert (tmp_path / 'file').read_text() == 'mine'
 
 
+@pytest.mark.slow
 def test_log_that_cannot_be_written_costs_a_line(train, tmp_path):
     """The limit is reached by the log's last lines; there is no checkpoint."""
     options = ['default_hooks.checkpoint=None', 'train_cfg.max_iters=2']
