@@ -16,6 +16,7 @@ ALL_UP_TO = 500
 SAMPLE = 100
 
 EXIF_ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)
+WIDTH_TAG, HEIGHT_TAG = 0x0100, 0x0101
 # What Pillow calls an image that is no plain RGB, and what is loaded of it.
 MODES = {
     '1': 'of black and white',
@@ -133,6 +134,8 @@ def _decode(path, item, turned, kinds):
             with Image.open(path) as image:
                 size, kind = image.size, MODES.get(image.mode.partition(';')[0])
                 orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+                if image.format == 'TIFF':  # which Pillow turns by itself
+                    size = image.tag_v2[WIDTH_TAG], image.tag_v2[HEIGHT_TAG]
                 # A JPEG is read to its end at an eighth of the size, much faster.
                 image.draft('RGB', (size[0] // 8, size[1] // 8))
                 image.load()
@@ -143,6 +146,10 @@ def _decode(path, item, turned, kinds):
         size, kind, orientation = image.shape[1::-1], None, 1
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return f'{name} cannot be decoded ({error})'
+    if orientation in TURNED and turned:
+        # the version of OpenCV decides for which formats
+        loaded = _opencv(path)
+        turned = loaded is None or loaded.shape[1::-1] != size
     if orientation in TURNED and turned:
         size = size[::-1]
         note = ' when it is turned as its EXIF data say, which the loader does'

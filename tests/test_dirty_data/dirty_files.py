@@ -82,6 +82,7 @@ USED = {
     'exif-90': ('exif6.jpg', lambda: turned(6)),
     'exif-270': ('exif8.jpg', lambda: turned(8)),
     'exif-png': ('exif6.png', lambda: turned(6, 'PNG')),
+    'exif-tiff': ('exif6.tif', lambda: turned(6, 'TIFF')),
     'space': ('a folder/with a space.jpg', lambda: encode(rgb())),
     'unicode': ('bäume/木 🌳.jpg', lambda: encode(rgb())),
     'metacharacters': ("100% [x]/it's #1 & $HOME;*.jpg", lambda: encode(rgb())),

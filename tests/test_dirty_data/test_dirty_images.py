@@ -22,6 +22,7 @@ NOTES = {
     'exif-90': 'turned as their EXIF data say',
     'exif-270': 'turned as their EXIF data say',
     'exif-png': 'turned as their EXIF data say',
+    'exif-tiff': 'turned as their EXIF data say',
 }
 
 

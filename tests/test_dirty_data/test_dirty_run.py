@@ -55,11 +55,11 @@ TRAIN = (
     '1 images have no annotation of the classes and are left out',
     '1 images have crowd regions alone and are trained on as background',
     '1 images have annotations that are all skipped or ignored, and are trained on as',
-    '4 of 23 decoded images are turned as their EXIF data say',
-    '1 of 23 decoded images are grey;',
-    '1 of 23 decoded images are CMYK',
-    '1 of 23 decoded images are of more than 8 bits',
-    '1 of 23 decoded images are of a palette',
+    '5 of 24 decoded images are turned as their EXIF data say',
+    '1 of 24 decoded images are grey;',
+    '1 of 24 decoded images are CMYK',
+    '1 of 24 decoded images are of more than 8 bits',
+    '1 of 24 decoded images are of a palette',
 )
 VAL = (*TRAIN[:5], 'the metric counts all these', *TRAIN[11:])
 
@@ -76,7 +76,7 @@ def test_a_run_over_all_of_it(sandbox, run, tmp_path):
         (line,) = re.findall(rf'WARNING - {split}_dataloader.dataset: (.*)', log)
         for text in texts:
             assert text in line
-    assert 'Preflight passed. train: 23 images, 35 annotations, 2 classes' in log
+    assert 'Preflight passed. train: 24 images, 36 annotations, 2 classes' in log
     assert 'Preflight passed' in output
     # it went on to the end, with finite losses
     losses = [float(value) for value in re.findall(r'  loss: (\S+)', log)]
