@@ -100,7 +100,6 @@ def check(work_dir: Path, counts: Counts) -> int:
             inspect_latest(path)
         except CheckpointError as error:
             counts.damaged.append(f'{path.name}: {error}')
-    counts.interrupted += len(list(work_dir.glob('*.mmrest-unfinished')))
     pointer = work_dir / 'last_checkpoint'
     if not pointer.exists():
         return 0
@@ -129,6 +128,7 @@ def run_once(
         if finished:
             return True
         counts.kills += 1
+        counts.interrupted += session.saving > resumed_from
         counts.lost.append(max(0, session.iteration - resumed_from))
         print(
             f'kill {counts.kills}: after iteration {session.iteration}, '
@@ -157,7 +157,7 @@ def table(counts: Counts, processes: int) -> str:
         ('minutes', f'{(time.time() - counts.started) / 60:.1f}'),
         ('processes', processes),
         ('kills', counts.kills),
-        ('of these in the middle of writing a file', counts.interrupted),
+        ('of these while a checkpoint was being saved', counts.interrupted),
         ('resumes', counts.resumes),
         ('checkpoints written', counts.written),
         ('checkpoints damaged', len(counts.damaged)),

@@ -35,7 +35,7 @@ class Session:
     def __init__(
         self, train: Path, config: Path, work_dir: Path, processes: int, iterations: int
     ) -> None:
-        self.iteration = self.count = self.saves = 0
+        self.iteration = self.count = self.saves = self.saving = 0
         self._iterations, self._peaks = iterations, {}
         self._lines: list[str] = []
         self._news = threading.Condition()
@@ -63,7 +63,7 @@ class Session:
         if rng.random() < 0.5:
             self._is_saving = False
             self._wait(lambda: self._is_saving)
-            time.sleep(rng.uniform(0, 0.4))
+            time.sleep(rng.uniform(0, 0.25))
         return self._ended and self._succeeded()
 
     def finish(self) -> None:
@@ -99,7 +99,9 @@ class Session:
                 resumed = re.search(r'resumed epoch: \d+, iter: (\d+)', line)
                 if resumed:
                     self.iteration = int(resumed[1])
-                if 'Saving checkpoint' in line:
+                saving = re.search(r'Saving checkpoint at (\d+) iter', line)
+                if saving:
+                    self.saving = int(saving[1])
                     self.saves, self._is_saving = self.saves + 1, True
                 self._news.notify_all()
             if found and self.count % EARLY == 0:
