@@ -17,6 +17,8 @@ SAMPLE = 100
 
 EXIF_ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)
 WIDTH_TAG, HEIGHT_TAG = 0x0100, 0x0101
+# What OpenCV, the loader, decodes whenever Pillow does.
+SHARED = ('JPEG', 'MPO', 'PNG', 'BMP', 'PPM', 'WEBP')
 # What Pillow calls an image that is no plain RGB, and what is loaded of it.
 MODES = {
     '1': 'of black and white',
@@ -133,8 +135,9 @@ def _decode(path, item, turned, kinds):
             warnings.simplefilter('ignore')  # about metadata
             with Image.open(path) as image:
                 size, kind = image.size, MODES.get(image.mode.partition(';')[0])
+                form = image.format
                 orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-                if image.format == 'TIFF':  # which Pillow turns by itself
+                if form == 'TIFF':  # which Pillow turns by itself
                     size = image.tag_v2[WIDTH_TAG], image.tag_v2[HEIGHT_TAG]
                 # A JPEG is read to its end at an eighth of the size, much faster.
                 image.draft('RGB', (size[0] // 8, size[1] // 8))
@@ -143,9 +146,11 @@ def _decode(path, item, turned, kinds):
         image = _opencv(path)
         if image is None:
             return f'{name} ({os.stat(path).st_size} bytes) is not an image'
-        size, kind, orientation = image.shape[1::-1], None, 1
+        size, kind, orientation, form = image.shape[1::-1], None, 1, SHARED[0]
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return f'{name} cannot be decoded ({error})'
+    if form not in SHARED and _opencv(path) is None:
+        return f'{name} is a {form} image of a kind that OpenCV cannot decode'
     if orientation in TURNED and turned:
         # the version of OpenCV decides for which formats
         loaded = _opencv(path)

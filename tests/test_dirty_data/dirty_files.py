@@ -100,6 +100,7 @@ REFUSED = {
     'cut-progressive': ('cutp.jpg', lambda: cut(encode(rgb(), progressive=True))),
     'cut-png': ('cut.png', lambda: cut(encode(rgb(), 'PNG'))),
     'cut-bmp': ('cut.bmp', lambda: cut(encode(rgb(), 'BMP'))),
+    'float-tiff': ('float.tif', lambda: floats()),
     'no-bytes': ('nothing.jpg', lambda: b''),
     'page': ('page.jpg', lambda: b'<html>Not found</html>'),
     'missing': ('missing.jpg', lambda: None),
@@ -107,6 +108,10 @@ REFUSED = {
     # drawn on the stored image, but the loader turns it
     'exif-as-stored': ('stored.jpg', lambda: exif_on_upright()),
 }
+
+
+def floats():
+    return encode(Image.fromarray(picture().astype(np.float32)), 'TIFF')
 
 
 def exif_on_upright():
