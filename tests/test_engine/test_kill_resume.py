@@ -14,7 +14,13 @@ from pathlib import Path
 import kill_runs
 import pytest
 import torch
-from kill_checks import UNFINISHED, check_folder, check_same_state, same
+from kill_checks import (
+    UNFINISHED,
+    check_folder,
+    check_same_state,
+    needs_past_data,
+    same,
+)
 
 from mmrest.checkpoint import CheckpointError, read_checkpoint
 
@@ -190,8 +196,15 @@ def test_two_processes(start, tmp_path):
     assert len(states) == 2 and not same(states[0], states[1])
 
 
-@pytest.mark.parametrize('epochs', [False, True], ids=['iterations', 'epochs'])
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize(
+    ('workers', 'epochs'),
+    [
+        pytest.param(0, False, id='0-iterations'),
+        pytest.param(0, True, id='0-epochs'),
+        pytest.param(2, False, id='2-iterations', marks=needs_past_data),
+        pytest.param(2, True, id='2-epochs'),
+    ],
+)
 def test_data_and_random_numbers_continue(call, tmp_path, workers, epochs):
     """Killed between checkpoints; eight images make four iterations an epoch."""
     kwargs = dict(validate=False, workers=workers, epochs=epochs)

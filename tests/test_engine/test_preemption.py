@@ -7,14 +7,16 @@ import time
 
 import pytest
 import torch
+from kill_checks import needs_past_data
 from preempt_runs import FORK, Calls, in_process, kill_self, train, train_both
 
+from mmrest.checkpoint import read_checkpoint
 from mmrest.engine.loader_signals import shield_loader_workers
 from mmrest.engine.stop_signals import REQUEUE_FILE, Preempted, StopSignals
 
 
 def load(folder, name):
-    return torch.load(folder / name, weights_only=False)
+    return read_checkpoint(folder / name)
 
 
 def assert_same(first, second, keys=('state_dict', 'optimizer', 'param_schedulers')):
@@ -128,6 +130,7 @@ def test_signals_and_status_can_be_chosen(tmp_path):
         StopSignals(('SIGNONE',))
 
 
+@needs_past_data
 def test_loader_workers_outlive_the_signal(tmp_path, undisturbed):
     """Slurm and torchrun send it to each of a job's processes."""
 

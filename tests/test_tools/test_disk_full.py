@@ -7,8 +7,9 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from started_tools import NO_VAL, iterations
+
+from mmrest.checkpoint import read_checkpoint
 
 SAVED = ['train_cfg.max_iters=6', 'default_hooks.checkpoint.max_keep_ckpts=-1']
 
@@ -74,7 +75,7 @@ def assert_ended_well(folder, status, output, free):
     assert (folder / 'last_checkpoint').read_text() == str(folder / 'iter_2.pth')
     assert {path.name for path in folder.glob('iter_*')} == {'iter_2.pth'}
     assert not list(folder.glob('*unfinished*'))
-    assert torch.load(folder / 'iter_2.pth', weights_only=False)['meta']['iter'] == 2
+    assert read_checkpoint(folder / 'iter_2.pth')['meta']['iter'] == 2
 
 
 def test_file_larger_than_allowed(train, tmp_path):

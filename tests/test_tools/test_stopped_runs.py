@@ -5,13 +5,14 @@ import signal
 import time
 
 import pytest
-import torch
 from started_tools import NO_VAL, OPTIONS, iterations
+
+from mmrest.checkpoint import read_checkpoint
 
 
 def latest(folder):
     path = (folder / 'last_checkpoint').read_text()
-    return torch.load(path, weights_only=False)['meta']['iter']
+    return read_checkpoint(path)['meta']['iter']
 
 
 @pytest.mark.parametrize(

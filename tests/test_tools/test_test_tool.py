@@ -10,6 +10,8 @@ from mmengine.registry import MODELS, init_default_scope
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from mmrest.checkpoint import read_checkpoint
+
 
 @pytest.fixture(scope='module')
 def checkpoint(trained):
@@ -134,7 +136,7 @@ def test_tta_with_masks_is_refused(run, config, checkpoint, tmp_path):
 
 def test_checkpoint_that_does_not_fit_is_refused(run, config, checkpoint, tmp_path):
     """MMEngine itself would warn and evaluate random weights."""
-    saved = torch.load(checkpoint, weights_only=False)
+    saved = read_checkpoint(checkpoint)
     key = 'roi_head.bbox_head.fc_cls.weight'
     saved['state_dict'][key] = torch.zeros(81, 64)
     torch.save(saved, tmp_path / 'other_classes.pth')

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from mmrest.checkpoint import read_checkpoint
+
 
 def iterations(output):
     return [int(n) for n in re.findall(r'Iter\(train\) *\[ *(\d+)/', output)]
@@ -42,7 +44,7 @@ def test_resume(run, config, trained, tmp_path, path):
         'train.py', config, '--work-dir', tmp_path, *resume, *options, cwd=tmp_path
     )
     assert iterations(output) == list(range(first, 6))
-    saved = torch.load(tmp_path / 'iter_5.pth', weights_only=False)
+    saved = read_checkpoint(tmp_path / 'iter_5.pth')
     assert saved['meta']['iter'] == 5
     assert saved['message_hub'] and saved['optimizer']['state']
 
@@ -64,14 +66,14 @@ def test_dist_train_without_gpus(run, config, tmp_path):
     assert iterations(output) == [1, 2]
     assert 'current batch size is 4' in output  # 2 processes x 2 images
     assert 'Distributed launcher: pytorch' in output
-    saved = torch.load(tmp_path / 'run' / 'iter_2.pth', weights_only=False)
+    saved = read_checkpoint(tmp_path / 'run' / 'iter_2.pth')
     assert not any(key.startswith('module.') for key in saved['state_dict'])
 
 
 def test_load_from_for_another_number_of_classes(run, config, trained, tmp_path):
     """Fine-tuning: a head of another size is new, the backbone is not."""
     folder, _ = trained
-    saved = torch.load(folder / 'iter_4.pth', weights_only=False)['state_dict']
+    saved = read_checkpoint(folder / 'iter_4.pth')['state_dict']
     other = {k: v for k, v in saved.items() if 'roi_head.bbox_head.fc_cls' not in k}
     other['roi_head.bbox_head.fc_cls.weight'] = torch.zeros(81, 64)
     torch.save(dict(state_dict=other), tmp_path / 'other.pth')
@@ -89,7 +91,7 @@ def test_load_from_for_another_number_of_classes(run, config, trained, tmp_path)
     )
     assert 'fits in part' in output and 'fc_cls' in output
     # The default work folder carries the config's name.
-    now = torch.load(tmp_path / 'work_dirs/shapes/iter_1.pth', weights_only=False)
+    now = read_checkpoint(tmp_path / 'work_dirs/shapes/iter_1.pth')
     key = 'backbone.patch_embed_2.conv.weight'
     assert_close(now['state_dict'][key], saved[key], rtol=0, atol=0)
 
