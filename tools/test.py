@@ -11,6 +11,7 @@ from mmengine.runner import Runner
 
 from mmrest import launch
 from mmrest.checkpoint import CheckpointError, check_load_from
+from mmrest.engine import LabelRangeError
 from mmrest.preflight import PreflightError, check_config, log_report
 
 # How each package's hook is told to draw and where to (None: by the visualizer).
@@ -159,7 +160,12 @@ def main():
         log_report(report)
         check_load_from(runner.model, cfg.load_from, hooks=runner.hooks)
         runner.test()
-    except (launch.LaunchError, PreflightError, CheckpointError) as error:
+    except (
+        launch.LaunchError,
+        PreflightError,
+        CheckpointError,
+        LabelRangeError,
+    ) as error:
         sys.exit(f'tools/test.py: {error}')
 
 

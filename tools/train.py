@@ -14,7 +14,7 @@ from torch.random import fork_rng
 
 from mmrest import launch
 from mmrest.checkpoint import CheckpointError, check_agreement, check_load_from
-from mmrest.engine import NonFiniteError, StopSignals
+from mmrest.engine import LabelRangeError, NonFiniteError, StopSignals
 from mmrest.engine.disk import explain_disk_error, survive_log_errors
 from mmrest.preflight import PreflightError, check_config, log_report
 
@@ -111,6 +111,7 @@ def main():
         PreflightError,
         CheckpointError,
         NonFiniteError,
+        LabelRangeError,
     ) as error:
         sys.exit(f'tools/train.py: {error}')
     except OSError as error:

@@ -2,7 +2,7 @@
 
 from .checkpointing import WholeCheckpointHook
 from .fsdp import BlockFSDPStrategy, rest_block_wrap_policy
-from .label_range import LabelRangeHook
+from .label_range import LabelRangeError, LabelRangeHook
 from .numerics import CheckNonFiniteHook, NonFiniteError
 from .optim import LayerDecayOptimWrapperConstructor
 from .preemption import PreemptionHook
@@ -12,6 +12,7 @@ __all__ = [
     'BlockFSDPStrategy',
     'CheckNonFiniteHook',
     'LayerDecayOptimWrapperConstructor',
+    'LabelRangeError',
     'LabelRangeHook',
     'NonFiniteError',
     'Preempted',

@@ -5,6 +5,10 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
 
+class LabelRangeError(ValueError):
+    """A label image holds an index that is no class of the model."""
+
+
 @HOOKS.register_module()
 class LabelRangeHook(Hook):
     """Check the labels of every batch of a segmentor against its classes.
@@ -13,7 +17,7 @@ class LabelRangeHook(Hook):
     that names no file, and counts for nothing in the metric of a validation.
 
     Raises:
-        ValueError: With the file, the indices and the number of pixels.
+        LabelRangeError: With the file, the indices and the number of pixels.
     """
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
@@ -45,7 +49,7 @@ def _check(model, data_batch):
             continue
         found = ', '.join(str(label) for label in labels[wrong].unique().tolist())
         shift = ' after reduce_zero_label' if sample.get('reduce_zero_label') else ''
-        raise ValueError(
+        raise LabelRangeError(
             f'{sample.get("seg_map_path", "a label image")} holds the index {found}'
             f'{shift} in {int(wrong.sum())} pixels, but the model has '
             f'{head.num_classes} classes, 0 to {head.num_classes - 1}, and ignores '
