@@ -22,6 +22,5 @@ def test_differences_from_the_1x_config(kind, arch, repo, published_config):
         config.pop('custom_imports')
         base.pop('custom_imports')
     assert config == base
-    resize = config['test_pipeline'][1]
-    assert resize['type'] == 'Resize'
+    (resize,) = (t for t in config['test_pipeline'] if t['type'] == 'Resize')
     assert resize['backend'] == 'pillow' and resize['scale'] == (1333, 800)
