@@ -204,6 +204,16 @@ def prepare_process_group(cfg: Config) -> None:
     torch.distributed.init_process_group('gloo')
 
 
+def leave_process_group() -> None:
+    """End the process group, if there is one, after all processes have done their work.
+
+    Left to Python's end, gloo's threads at times abort the process. After an error
+    of one process nothing waits for the others, so it is not called then.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def _replace_sync_bn(part) -> int:
     """Write BN for SyncBN, as MMEngine does to the model of a single process."""
     if isinstance(part, (list, tuple)):

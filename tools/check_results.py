@@ -38,6 +38,7 @@ def main() -> int:
         log_report(report)
         check_load_from(runner.model, cfg.load_from, hooks=runner.hooks)
         agree, text = compare(runner.test(), figures)
+        launch.leave_process_group()
     except (
         launch.LaunchError,
         CheckpointError,

@@ -4,7 +4,6 @@ import argparse
 import copy
 import sys
 
-import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import MODELS, RUNNERS
@@ -103,9 +102,7 @@ def main():
         check_start(runner, cfg)
         survive_log_errors(runner.logger)
         runner.train()
-        if dist.is_initialized():
-            # left to Python's end, gloo's threads at times abort the process
-            dist.destroy_process_group()
+        launch.leave_process_group()
     except (
         launch.LaunchError,
         PreflightError,
