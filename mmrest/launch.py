@@ -6,9 +6,11 @@ comes from the config alone.
 """
 
 import argparse
+import atexit
 import logging
 import os
 import os.path as osp
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Optional
@@ -204,14 +206,26 @@ def prepare_process_group(cfg: Config) -> None:
     torch.distributed.init_process_group('gloo')
 
 
-def leave_process_group() -> None:
-    """End the process group, if there is one, after all processes have done their work.
+def end_process_group(status: int = 0) -> None:
+    """End the processes of a group, if there is one, after their work is done.
 
-    Left to Python's end, gloo's threads at times abort the process. After an error
-    of one process nothing waits for the others, so it is not called then.
+    While Python ends, gloo's threads at times abort the process ("terminate called
+    without an active exception") and so the whole finished job. With gloo this
+    function therefore does not return: what is registered for the end is called,
+    and the process ends without Python's own end.
+
+    Args:
+        status (int): Exit status of the process. Default: 0.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if torch.distributed.get_backend() != 'gloo':
         torch.distributed.destroy_process_group()
+        return
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _replace_sync_bn(part) -> int:

@@ -38,7 +38,6 @@ def main() -> int:
         log_report(report)
         check_load_from(runner.model, cfg.load_from, hooks=runner.hooks)
         agree, text = compare(runner.test(), figures)
-        launch.leave_process_group()
     except (
         launch.LaunchError,
         CheckpointError,
@@ -48,7 +47,9 @@ def main() -> int:
         print(f'tools/check_results.py: {error}', file=sys.stderr)
         return 2
     print(text)
-    return 0 if agree else 1
+    status = 0 if agree else 1
+    launch.end_process_group(status)
+    return status
 
 
 if __name__ == '__main__':

@@ -160,7 +160,7 @@ def main():
         log_report(report)
         check_load_from(runner.model, cfg.load_from, hooks=runner.hooks)
         runner.test()
-        launch.leave_process_group()
+        launch.end_process_group()
     except (
         launch.LaunchError,
         PreflightError,

@@ -102,7 +102,7 @@ def main():
         check_start(runner, cfg)
         survive_log_errors(runner.logger)
         runner.train()
-        launch.leave_process_group()
+        launch.end_process_group()
     except (
         launch.LaunchError,
         PreflightError,
