@@ -13,7 +13,7 @@ from torch.random import fork_rng
 
 from mmrest import launch
 from mmrest.checkpoint import CheckpointError, check_agreement, check_load_from
-from mmrest.engine import LabelRangeError, NonFiniteError, StopSignals
+from mmrest.engine import LabelRangeError, NonFiniteError, Preempted, StopSignals
 from mmrest.engine.disk import explain_disk_error, survive_log_errors
 from mmrest.preflight import PreflightError, check_config, log_report
 
@@ -116,6 +116,9 @@ def main():
         if text is None:
             raise
         sys.exit(f'tools/train.py: {text}')
+    except Preempted as stop:
+        launch.end_process_group(stop.code)
+        raise  # it carries the exit status
 
 
 if __name__ == '__main__':
