@@ -1,11 +1,13 @@
 """Fixtures that all tests share."""
 
+import functools
+import http.server
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,8 @@ TESTS = Path(__file__).resolve().parent
 REPO = TESTS.parent
 # so that tests can import weights_rule and the helpers of test_ops
 sys.path[:0] = [str(TESTS), str(TESTS / 'test_ops')]
+
+from tool_process import command_of, environment_of, free_port  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -55,12 +59,6 @@ def published_shapes(data_dir: Path) -> dict[str, dict[str, tuple[int, ...]]]:
     }
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return str(probe.getsockname()[1])
-
-
 @pytest.fixture(scope='session')
 def free_ports():
     """Ports for launchers, one after the other."""
@@ -72,19 +70,13 @@ def run(repo):
     """Run a tool as a process; the output of both streams comes back."""
 
     def run_tool(tool, *args, cwd, fails=False):
-        command = [str(repo / 'tools' / tool), *map(str, args)]
-        if tool.endswith('.py'):
-            command.insert(0, sys.executable)
-        variables = dict(
-            os.environ,
-            PYTHON=sys.executable,
-            PYTHONPATH=str(repo),
-            OMP_NUM_THREADS='1',
-            CUDA_VISIBLE_DEVICES='',
-            PORT=free_port(),  # two test runs may share the machine
-        )
         done = subprocess.run(
-            command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=600
+            command_of(repo, tool, args),
+            cwd=cwd,
+            env=environment_of(repo),
+            capture_output=True,
+            text=True,
+            timeout=600,
         )
         output = done.stdout + done.stderr
         assert (done.returncode != 0) is fails, output[-6000:]
@@ -102,3 +94,25 @@ def metrics():
         return json.loads(max(files).read_text())
 
     return read
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A web server of ``tmp_path / 'web'`` and an empty cache of torch.hub."""
+    root = tmp_path / 'web'
+    root.mkdir()
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'hub'))
+    for name in ('http_proxy', 'HTTP_PROXY'):
+        monkeypatch.delenv(name, raising=False)
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            """Keep quiet."""
+
+    handler = functools.partial(Handler, directory=str(root))
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as httpd:
+        # polls often, so that hundreds of servers end at once
+        serve = functools.partial(httpd.serve_forever, poll_interval=0.01)
+        threading.Thread(target=serve, daemon=True).start()
+        yield f'http://127.0.0.1:{httpd.server_port}', root
+        httpd.shutdown()

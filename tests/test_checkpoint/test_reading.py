@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import http.server
 import io
 import json
 import os
@@ -203,26 +202,6 @@ def test_beside_the_weights(save, weights):
     assert checkpoint['best'] == 0.5 and checkpoint['flag']
     # saved again, no trace of the stand-ins is left
     assert b'mmrest' not in saved(checkpoint)
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """A web server of ``tmp_path / 'web'`` and an empty cache of torch.hub."""
-    root = tmp_path / 'web'
-    root.mkdir()
-    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'hub'))
-    for name in ('http_proxy', 'HTTP_PROXY'):
-        monkeypatch.delenv(name, raising=False)
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            """Keep quiet."""
-
-    handler = functools.partial(Handler, directory=str(root))
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield f'http://127.0.0.1:{httpd.server_port}', root
-        httpd.shutdown()
 
 
 def test_url(server, weights, tmp_path):

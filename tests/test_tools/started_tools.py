@@ -1,11 +1,10 @@
 """Tools that run beside the test."""
 
-import os
 import re
-import socket
 import subprocess
-import sys
 import time
+
+from tool_process import command_of, environment_of
 
 NO_VAL = ['val_cfg=None', 'val_dataloader=None', 'val_evaluator=None']
 # far more iterations than a test lets it make
@@ -16,27 +15,12 @@ class Started:
     """A tool as a process whose output goes into a file."""
 
     def __init__(self, repo, folder, tool, *args, **environment):
-        with socket.socket() as probe:
-            probe.bind(('127.0.0.1', 0))
-            port = str(probe.getsockname()[1])
-        command = [str(repo / 'tools' / tool), *map(str, args)]
-        if tool.endswith('.py'):
-            command.insert(0, sys.executable)
-        variables = dict(
-            os.environ,
-            PYTHON=sys.executable,
-            PYTHONPATH=str(repo),
-            PYTHONUNBUFFERED='1',
-            OMP_NUM_THREADS='1',
-            CUDA_VISIBLE_DEVICES='',
-            PORT=port,
-        )
         self._path = folder / 'output'
         with open(self._path, 'a') as file:
             self.process = subprocess.Popen(
-                command,
+                command_of(repo, tool, args),
                 cwd=folder,
-                env=variables | environment,
+                env=environment_of(repo) | dict(PYTHONUNBUFFERED='1') | environment,
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )
