@@ -33,7 +33,7 @@ env:
 	@PYTHON='$(PYTHON)' bash tools/make_env.sh '$(STACK)' '$(ENV)'
 
 demo: env
-	'$(BIN)/python' tools/demo/run.py --work-dir '$(WORK_DIR)' $(if $(DATA),--data '$(DATA)')
+	'$(BIN)/python' projects/demo/run.py --work-dir '$(WORK_DIR)' $(if $(DATA),--data '$(DATA)')
 
 test: env
 	'$(BIN)/python' -m pytest $(ARGS)
@@ -47,4 +47,4 @@ bench: env
 	'$(BIN)/python' tools/analysis_tools/benchmark.py $(ARGS)
 
 soak: env
-	'$(BIN)/python' tools/analysis_tools/soak.py --hours '$(HOURS)' $(ARGS)
+	'$(BIN)/python' projects/soak/soak.py --hours '$(HOURS)' $(ARGS)

@@ -17,9 +17,9 @@ __all__ = ['__version__']
 
 if not _for_doctor:
     try:
-        from . import engine, transforms  # noqa: F401  registers hooks and steps
+        from . import datasets, hooks  # noqa: F401  registers hooks and steps
         from .checkpoint import allow_mmengine_checkpoints, read_addresses_safely
-        from .config_scope import register_config_scope
+        from .config import register_config_scope
         from .models import ResT
     # ImportError: missing; AssertionError: a version gate; ValueError: numpy's ABI
     except (ImportError, AssertionError, ValueError) as error:

@@ -22,7 +22,7 @@ from mmengine.hub import get_config
 from mmengine.logging import print_log
 
 from .checkpoint import find_latest, force_safe_loading, inspect_latest
-from .config_scope import SCOPE, find_config
+from .config import SCOPE, find_config
 
 # What each toolbox comes with, see setup.py.
 EXTRAS = dict(mmdet='det', mmseg='seg', mmpretrain='cls')

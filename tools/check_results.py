@@ -11,8 +11,8 @@ from mmengine.runner import Runner
 
 from mmrest import launch
 from mmrest.checkpoint import CheckpointError, check_load_from
-from mmrest.preflight import PreflightError, check_config, log_report
-from mmrest.results import ResultsError, compare, expected
+from mmrest.datasets.preflight import PreflightError, check_config, log_report
+from mmrest.utils.results import ResultsError, compare, expected
 
 
 def parse_args() -> argparse.Namespace:

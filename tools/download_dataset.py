@@ -16,8 +16,8 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from mmrest.config_scope import find_config
-from mmrest.preflight import PreflightError, check_data, log_report
+from mmrest.config import find_config
+from mmrest.datasets.preflight import PreflightError, check_data, log_report
 
 SERVER = 'http://images.cocodataset.org'
 ARCHIVES = dict(

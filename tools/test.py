@@ -11,8 +11,8 @@ from mmengine.runner import Runner
 
 from mmrest import launch
 from mmrest.checkpoint import CheckpointError, check_load_from
-from mmrest.engine import LabelRangeError
-from mmrest.preflight import PreflightError, check_config, log_report
+from mmrest.hooks import LabelRangeError
+from mmrest.datasets.preflight import PreflightError, check_config, log_report
 
 # How each package's hook is told to draw and where to (None: by the visualizer).
 DRAWING = {

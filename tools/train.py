@@ -13,9 +13,9 @@ from torch.random import fork_rng
 
 from mmrest import launch
 from mmrest.checkpoint import CheckpointError, check_agreement, check_load_from
-from mmrest.engine import LabelRangeError, NonFiniteError, Preempted, StopSignals
-from mmrest.engine.disk import explain_disk_error, survive_log_errors
-from mmrest.preflight import PreflightError, check_config, log_report
+from mmrest.hooks import LabelRangeError, NonFiniteError, Preempted, StopSignals
+from mmrest.hooks.disk import explain_disk_error, survive_log_errors
+from mmrest.datasets.preflight import PreflightError, check_config, log_report
 
 
 def parse_args():

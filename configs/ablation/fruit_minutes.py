@@ -1,5 +1,5 @@
 # The rows of the ablation on a small set of class folders, within minutes on a CPU.
-# `python tools/demo/class_folders.py data/fruit_classes` generates the set. A row is
+# `python projects/demo/class_folders.py data/fruit_classes` generates the set. A row is
 # one option, e.g. --cfg-options model.backbone.stem_cfg=patch
 _base_ = './lite_published.py'
 

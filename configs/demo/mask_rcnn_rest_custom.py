@@ -1,5 +1,5 @@
 # The demo's detector on a user's own COCO-format data (`make demo DATA=...`).
-# tools/demo/run.py fills in paths and classes. For a serious training take
+# projects/demo/run.py fills in paths and classes. For a serious training take
 # configs/mask_rcnn/ and ImageNet weights; this one starts from nothing.
 _base_ = './mask_rcnn_rest_fruit.py'
 

@@ -1,5 +1,5 @@
 # Mask R-CNN with a small ResT on the generated fruit, for `make demo`: everything
-# sized so that two CPU cores train it within minutes. tools/demo/run.py generates
+# sized so that two CPU cores train it within minutes. projects/demo/run.py generates
 # the data and fills in the paths. No pretraining: 60 iterations give bbox AP50 0.68,
 # 120 give 0.93, all 300 give 0.96 (segm AP50 0.96) on the 100 held-back images.
 _base_ = [
@@ -7,7 +7,7 @@ _base_ = [
     '../_base_/default_runtime.py',
 ]
 
-# What tools/demo/fruitset generates.
+# What projects/demo/fruitset generates.
 fruit_set = dict(num_train=600, num_val=100, size=160, seed=0)
 
 width = 64  # channels of FPN, RPN and mask head

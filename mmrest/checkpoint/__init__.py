@@ -14,16 +14,16 @@
 ====================  ====================================================
 """
 
-from .addresses import read_addresses_safely
+from .url_loaders import read_addresses_safely
 from .classifier import PublishedClassifierHook, to_image_classifier
 from .errors import CheckpointError
-from .latest import check_agreement, find_latest, inspect_latest
+from .resume import check_agreement, find_latest, inspect_latest
 from .loading import LoadReport, load_pretrained
 from .reading import read_checkpoint
-from .runner_check import check_load_from
+from .load_from import check_load_from
 from .safe_globals import allow_mmengine_checkpoints, force_safe_loading
 from .state_dicts import read_state_dict
-from .writing import CheckpointWriteError
+from .atomic import CheckpointWriteError
 
 __all__ = [
     'CheckpointError',

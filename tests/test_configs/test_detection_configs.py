@@ -191,7 +191,7 @@ def test_configs_need_no_other_project(repo):
 
 def test_the_example_of_ones_own_data(read, shared):
     """It builds, and fits the photographs that it was written for."""
-    from mmrest.preflight import check_config
+    from mmrest.datasets.preflight import check_config
 
     cfg = read('fruit_nuts/mask_rcnn_rest_fruit_nuts.py')
     root = f'{shared / "data" / "fruit_nuts"}/'

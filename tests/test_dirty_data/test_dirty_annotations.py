@@ -18,8 +18,8 @@ from dirty_files import (
 )
 from pycocotools import mask as coco_mask
 
-from mmrest.preflight import PreflightError, check_config
-from mmrest.preflight.masks import mask_fault
+from mmrest.datasets.preflight import PreflightError, check_config
+from mmrest.datasets.preflight.masks import mask_fault
 
 NAN, INFINITE = float('nan'), float('inf')
 

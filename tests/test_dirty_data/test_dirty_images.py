@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from dirty_files import BOX, HEIGHT, REFUSED, USED, WIDTH, encode, rgb
 
-from mmrest.preflight import PreflightError, check_config
-from mmrest.transforms import ImageSizeError
+from mmrest.datasets.preflight import PreflightError, check_config
+from mmrest.datasets import ImageSizeError
 
 # Said of an image that is converted when it is loaded.
 NOTES = {
@@ -170,7 +170,7 @@ def test_twenty_megapixels(sandbox, build):
 
 def test_inference_needs_no_size():
     """What an inferencer loads has no annotation, hence nothing to compare."""
-    from mmrest.transforms import CheckImageSize
+    from mmrest.datasets import CheckImageSize
 
     results = dict(img=np.zeros((3, 4, 3), np.uint8), img_path=None)
     assert CheckImageSize()(results) is results

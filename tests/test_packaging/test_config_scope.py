@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
-from mmrest.config_scope import config_root, find_config, register_config_scope
+from mmrest.config import config_root, find_config, register_config_scope
 
 CONFIGS = sorted(
     path.relative_to(config_root()).as_posix()

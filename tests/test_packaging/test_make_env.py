@@ -349,7 +349,7 @@ def test_make_hands_on_what_it_is_given(repo):
     )
     assert "-m pytest -k 'a b'" in make(repo, 'test', "ARGS=-k 'a b'")
     demo = make(repo, 'demo', 'DATA=/my data', 'WORK_DIR=/out')
-    assert "tools/demo/run.py --work-dir '/out' --data '/my data'" in demo
+    assert "projects/demo/run.py --work-dir '/out' --data '/my data'" in demo
     assert '--data' not in make(repo, 'demo')
 
 

@@ -3,7 +3,7 @@
 import pytest
 from mmengine.config import Config
 
-from mmrest.results import Expected, ResultsError, compare, expected
+from mmrest.utils.results import Expected, ResultsError, compare, expected
 
 FIGURES = Expected({'box AP': 40.3, 'mask AP': 37.2}, 0.1, 'test figures')
 

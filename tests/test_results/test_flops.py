@@ -5,7 +5,7 @@ import torch
 from mmengine.analysis import FlopAnalyzer
 
 from mmrest import ResT
-from mmrest.complexity import HANDLES, complexity
+from mmrest.utils.complexity import HANDLES, complexity
 from mmrest.ops import attention, head_interaction_attention
 
 # 10^9 operations of the classifiers at 224x224 as published (one digit).

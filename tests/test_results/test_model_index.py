@@ -6,8 +6,8 @@ import pytest
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from mmrest.complexity import complexity
-from mmrest.results import read_index, render_table
+from mmrest.utils.complexity import complexity
+from mmrest.utils.results import read_index, render_table
 
 # As published: box AP, mask AP, and the parameters of the published models.
 PUBLISHED = {

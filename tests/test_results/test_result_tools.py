@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from mmrest.results import render_table
+from mmrest.utils.results import render_table
 
 
 @pytest.fixture

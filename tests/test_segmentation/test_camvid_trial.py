@@ -7,7 +7,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 
-from mmrest.preflight import check_config
+from mmrest.datasets.preflight import check_config
 
 CONFIG = 'configs/camvid/semantic_fpn_rest_camvid.py'
 

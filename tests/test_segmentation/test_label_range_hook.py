@@ -7,7 +7,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
-from mmrest.engine import LabelRangeHook
+from mmrest.hooks import LabelRangeHook
 
 STAGES = ('before_train_iter', 'before_val_iter', 'before_test_iter')
 

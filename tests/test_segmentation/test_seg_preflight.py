@@ -7,7 +7,7 @@ import pytest
 from mmengine.config import Config
 from PIL import Image
 
-from mmrest.preflight import PreflightError, check_config
+from mmrest.datasets.preflight import PreflightError, check_config
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from mmengine.analysis import FlopAnalyzer
 from PIL import Image
 
 from mmrest import ResT
-from mmrest.complexity import HANDLES
+from mmrest.utils.complexity import HANDLES
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mmrest.preflight import PreflightError, check_config
+from mmrest.datasets.preflight import PreflightError, check_config
 
 
 @pytest.fixture

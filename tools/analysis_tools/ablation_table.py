@@ -18,7 +18,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
-from mmrest.complexity import complexity
+from mmrest.utils.complexity import complexity
 
 BEGIN, END = '<!-- ablation:begin -->', '<!-- ablation:end -->'
 

@@ -7,7 +7,7 @@ from mmengine.config import DictAction
 from mmengine.registry import MODELS, init_default_scope
 
 from mmrest import launch
-from mmrest.complexity import complexity
+from mmrest.utils.complexity import complexity
 
 
 def parse_args() -> argparse.Namespace:

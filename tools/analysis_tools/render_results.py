@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmrest.results import render_table
+from mmrest.utils.results import render_table
 
 BEGIN, END = '<!-- results:begin -->', '<!-- results:end -->'
 

@@ -15,8 +15,8 @@ from mmengine.runner import FlexibleRunner
 from rest_runs import Regressor
 
 from mmrest.checkpoint import CheckpointError, CheckpointWriteError, read_checkpoint
-from mmrest.checkpoint.writing import remove_unfinished, save_whole, write_whole
-from mmrest.engine import random_states
+from mmrest.checkpoint.atomic import remove_unfinished, save_whole, write_whole
+from mmrest.hooks import random_states
 
 BEST = dict(save_best='val/loss', rule='less')
 OPTIONS = {
@@ -174,7 +174,7 @@ def test_every_process_ends_if_one_cannot_write(tmp_path, monkeypatch):
     def gathered(problem):
         return [problem, 'b.pth could not be written: disk on fire']
 
-    monkeypatch.setattr('mmrest.checkpoint.writing.all_gather_object', gathered)
+    monkeypatch.setattr('mmrest.checkpoint.atomic.all_gather_object', gathered)
     path = tmp_path / 'a.pth'
     with pytest.raises(CheckpointWriteError, match='^b.pth .* on fire$'):
         save_whole(str(path), lambda beside: write_whole(beside, b'new'))

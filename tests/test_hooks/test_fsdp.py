@@ -4,7 +4,7 @@ import torch.distributed as dist
 from preempt_runs import in_process
 from rest_runs import ARCH, Regressor
 
-from mmrest.engine.fsdp import BlockFSDPStrategy, rest_block_wrap_policy
+from mmrest.strategies.fsdp import BlockFSDPStrategy, rest_block_wrap_policy
 from mmrest.models.layers import Block
 
 

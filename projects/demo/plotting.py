@@ -206,7 +206,7 @@ def metric_table(metrics):
         return (
             'No object was detected in any of the images: the training was too '
             'short for these data.\nFor a longer one: '
-            'tools/demo/run.py ... --cfg-options train_cfg.max_iters=3000'
+            'projects/demo/run.py ... --cfg-options train_cfg.max_iters=3000'
         )
     columns = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
     rows = [''.join(f'{c.replace("mAP", "AP").replace("_", ""):>8}' for c in columns)]

@@ -146,7 +146,7 @@ def test_config_in_a_checkpoint_is_code(tmp_path, trace):
 
 def test_annotation_files_are_no_pickles(tmp_path, trace):
     """The data sets of the configs are read as JSON, whatever their name."""
-    from mmrest.preflight.coco import check_annotations
+    from mmrest.datasets.preflight.coco import check_annotations
 
     path = tmp_path / 'train.pkl'
     FORMS['pickle-4'](path, {}, trace.command)

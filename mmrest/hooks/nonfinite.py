@@ -41,7 +41,7 @@ class CheckNonFiniteHook(Hook):
 
     The error, on every process and in the log, says the iteration, and for each
     process the images of its batch and the first module that gave such a value,
-    see :func:`mmrest.engine.nonfinite_source.find_source`. mmdet's
+    see :func:`mmrest.hooks.nonfinite_source.find_source`. mmdet's
     ``CheckInvalidLossHook`` says that there is a NaN, every 50 iterations.
 
     The cost is one more synchronisation with the GPU before the backward pass, and

@@ -3,7 +3,7 @@
 MMEngine's ``CheckpointHook`` writes into the file itself and removes the oldest
 checkpoint before, so that a process killed meanwhile leaves half a file, and perhaps
 no other. The hook here has the same options and writes through
-:mod:`mmrest.checkpoint.writing`.
+:mod:`mmrest.checkpoint.atomic`.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from mmrest.checkpoint import read_checkpoint
-from mmrest.checkpoint.writing import remove_unfinished, save_whole, write_whole
+from mmrest.checkpoint.atomic import remove_unfinished, save_whole, write_whole
 
 from . import random_states
 from .resuming import continue_exactly

@@ -23,7 +23,7 @@ from mmengine.runner import Runner
 from plotting import metric_table, read_scalars, save_curves, save_pictures
 from user_data import LAYOUTS, CocoFolder, DataError, Split, find_coco_data
 
-from mmrest.preflight import PreflightError, check_config, log_report
+from mmrest.datasets.preflight import PreflightError, check_config, log_report
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs' / 'demo'
 
@@ -148,7 +148,7 @@ def main():
     except (DataError, PreflightError, FileExistsError) as error:
         if not any(run_dir.iterdir()):
             run_dir.rmdir()
-        sys.exit(f'tools/demo/run.py: {error}')
+        sys.exit(f'projects/demo/run.py: {error}')
     runner = Runner.from_cfg(cfg)
     log_report(report)
     runner.train()

@@ -1,6 +1,6 @@
 """What to say when the disk takes no more: of logs, for checkpoints say it themselves.
 
-See :mod:`mmrest.checkpoint.writing` for those.
+See :mod:`mmrest.checkpoint.atomic` for those.
 """
 
 import errno

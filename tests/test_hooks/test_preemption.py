@@ -11,8 +11,8 @@ from kill_checks import needs_past_data
 from preempt_runs import FORK, Calls, in_process, kill_self, train, train_both
 
 from mmrest.checkpoint import read_checkpoint
-from mmrest.engine.loader_signals import shield_loader_workers
-from mmrest.engine.stop_signals import REQUEUE_FILE, Preempted, StopSignals
+from mmrest.hooks.loader_signals import shield_loader_workers
+from mmrest.hooks.stop_signals import REQUEUE_FILE, Preempted, StopSignals
 
 
 def load(folder, name):

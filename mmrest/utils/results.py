@@ -12,7 +12,7 @@ from typing import Any, Optional
 from mmengine.config import Config
 from mmengine.fileio import load
 
-from .config_scope import config_root
+from ..config import config_root
 
 # What the metrics call the figures of the index, and the factor to percent.
 METRICS = {

@@ -1,10 +1,10 @@
 """Hooks and what else MMEngine's Runner takes from this package."""
 
-from .checkpointing import WholeCheckpointHook
-from .fsdp import BlockFSDPStrategy, rest_block_wrap_policy
+from .atomic_checkpoint import WholeCheckpointHook
+from ..strategies.fsdp import BlockFSDPStrategy, rest_block_wrap_policy
 from .label_range import LabelRangeError, LabelRangeHook
-from .numerics import CheckNonFiniteHook, NonFiniteError
-from .optim import LayerDecayOptimWrapperConstructor
+from .nonfinite import CheckNonFiniteHook, NonFiniteError
+from ..optim.layer_decay import LayerDecayOptimWrapperConstructor
 from .preemption import PreemptionHook
 from .stop_signals import Preempted, StopSignals
 

@@ -10,7 +10,7 @@ from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
-from ..checkpoint.writing import write_whole
+from ..checkpoint.atomic import write_whole
 from .agreement import Agreement
 from .loader_signals import shield_loader_workers
 from .stop_signals import (
