@@ -1,0 +1,45 @@
+"""What a ``type`` in a config stands for, be it text or a class.
+
+MMEngine's text configs name classes (``type='mmdet.CocoMetric'``); its pure-Python
+configs give the class itself (``type=CocoMetric``).
+"""
+
+from typing import Any, Optional, Union
+
+from mmengine.registry import Registry
+
+
+def find_type(cfg: dict, registry: Registry) -> Optional[type]:
+    """Find the class that a config would build.
+
+    Args:
+        cfg (dict): A config with ``type``, a class or a name, with or without a scope.
+        registry (Registry): Where names are looked up: first in the default scope,
+            then in its parents.
+
+    Returns:
+        type | None: None if there is no ``type``, or the name is not registered.
+    """
+    kind = cfg.get('type')
+    if not isinstance(kind, str):
+        return kind
+    with registry.switch_scope_and_registry(cfg.get('_scope_')) as scoped:
+        return scoped.get(kind)
+
+
+def type_name(cfg_or_type: Union[dict, str, type, None, Any]) -> str:
+    """Name what a config would build, without scope and module.
+
+    Args:
+        cfg_or_type (dict | str | type | None): A config with ``type``, or such a type.
+
+    Returns:
+        str: For example ``'CocoMetric'``, for ``'mmdet.CocoMetric'`` and for the class
+        alike; empty if there is no ``type``.
+    """
+    kind = cfg_or_type.get('type') if isinstance(cfg_or_type, dict) else cfg_or_type
+    if kind is None:
+        return ''
+    if isinstance(kind, str):
+        return kind.rpartition('.')[2]
+    return getattr(kind, '__name__', type(kind).__name__)
