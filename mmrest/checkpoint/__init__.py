@@ -14,16 +14,16 @@
 ====================  ====================================================
 """
 
-from .url_loaders import read_addresses_safely
+from .atomic import CheckpointWriteError
 from .classifier import PublishedClassifierHook, to_image_classifier
 from .errors import CheckpointError
-from .resume import check_agreement, find_latest, inspect_latest
+from .load_from import check_load_from
 from .loading import LoadReport, load_pretrained
 from .reading import read_checkpoint
-from .load_from import check_load_from
+from .resume import check_agreement, find_latest, inspect_latest
 from .safe_globals import allow_mmengine_checkpoints, force_safe_loading
-from .state_dicts import read_state_dict
-from .atomic import CheckpointWriteError
+from .state_dict import read_state_dict
+from .url_loaders import read_addresses_safely
 
 __all__ = [
     'CheckpointError',

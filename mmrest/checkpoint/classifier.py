@@ -12,7 +12,7 @@ from mmengine.registry import HOOKS
 from torch import Tensor
 
 from .errors import CheckpointError
-from .state_dicts import find_state_dict, shared_prefix
+from .state_dict import find_state_dict, shared_prefix
 
 HEAD = ('head.weight', 'head.bias')
 

@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.utils import deprecated_api_warning
 from torch import Tensor, nn
 
+from ..utils.text import shorten
 from .classifier import PublishedClassifierHook
-from .errors import CheckpointError, RefusedError, shorten
+from .errors import CheckpointError, RefusedError
 from .loading import COUNTER, adapt, compare, describe_defects
 from .reading import Source, read_checkpoint
 from .safe_globals import mmengine_globals_allowed
@@ -24,11 +26,12 @@ from .safe_globals import mmengine_globals_allowed
 NEW_IN_BACKBONE = ('backbone.norm1', 'backbone.norm2', 'backbone.norm3')
 
 
+@deprecated_api_warning({'may_be_new': 'allow_missing'})
 def check_load_from(
     model: nn.Module,
     source: Source,
     exact: bool = True,
-    may_be_new: Sequence[str] = NEW_IN_BACKBONE,
+    allow_missing: Sequence[str] = NEW_IN_BACKBONE,
     hooks: Sequence[Hook] = (),
 ) -> None:
     """Check a checkpoint that mmengine's Runner is about to load.
@@ -39,7 +42,7 @@ def check_load_from(
         exact (bool): True for testing and resuming: names and shapes must be
             those of the model. False for fine-tuning: heads may differ, which
             is logged, but ``backbone`` must fit. Default: True.
-        may_be_new (Sequence[str]): What the file may lack of the backbone if
+        allow_missing (Sequence[str]): What the file may lack of the backbone if
             ``exact`` is False. Default: its norms of stages 1 to 3.
         hooks (Sequence[Hook]): The Runner's hooks, of which
             ``PublishedClassifierHook`` changes what is read. Default: ().
@@ -76,7 +79,7 @@ def check_load_from(
                 level=logging.WARNING,
             )
         _, problems = compare(
-            _backbone(tensors), _backbone(target), may_be_new=may_be_new
+            _backbone(tensors), _backbone(target), allow_missing=allow_missing
         )
     if problems or defects:
         what = (

@@ -1,20 +1,33 @@
 """Load a checkpoint into a module: everything that has to fit, or nothing."""
 
 import logging
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 from mmengine.logging import print_log
+from mmengine.model import PretrainedInit
+from mmengine.registry import WEIGHT_INITIALIZERS
+from mmengine.utils import deprecated_api_warning
 from torch import Tensor, nn
 
-from .errors import CheckpointError, shorten
+from ..utils.config_types import find_type
+from ..utils.text import shorten
+from .errors import CheckpointError
 from .reading import Source, read_checkpoint
-from .state_dicts import find_state_dict, prefixes_in
+from .state_dict import find_state_dict, prefixes_in
 
 COUNTER = 'num_batches_tracked'
+# map_location is MMEngine's; what is read here is read on the CPU
+_PRETRAINED_OPTIONS = ('checkpoint', 'prefix', 'map_location', 'adapt_input')
+_INPUT_ADVICE = (
+    ' The file is for images of another number of channels: set adapt_input=True '
+    "beside checkpoint, as in init_cfg=dict(type='Pretrained', checkpoint=..., "
+    'adapt_input=True), to adapt its first convolution.'
+)
 
 
 @dataclass(frozen=True)
@@ -26,23 +39,37 @@ class LoadReport:
         wrapper (str): The key that held the tensors, empty if they were bare.
         prefix (str): What was taken off the names in the file.
         loaded (tuple[str]): Names of the tensors that were loaded.
-        new (tuple[str]): Names in the module that the file lacks, and may lack.
-        unused (tuple[str]): Names in the file that the module lacks, and may lack.
+        missing_keys (tuple[str]): Names in the module that the file lacks, as
+            ``allow_missing`` lets it.
+        unexpected_keys (tuple[str]): Names in the file that the module lacks, as
+            ``allow_unexpected`` lets it.
         other_parts (tuple[str]): Names in the file outside ``prefix``.
         counters (tuple[str]): BatchNorms' ``num_batches_tracked`` that the file
             lacks, as files from before PyTorch 0.4.1 do.
         cast (dict[str, int]): How many tensors were stored with another dtype.
+        adapted (str): What was done to the first convolution; empty if nothing.
     """
 
     source: str
     wrapper: str
     prefix: str
     loaded: tuple[str, ...]
-    new: tuple[str, ...] = ()
-    unused: tuple[str, ...] = ()
+    missing_keys: tuple[str, ...] = ()
+    unexpected_keys: tuple[str, ...] = ()
     other_parts: tuple[str, ...] = ()
     counters: tuple[str, ...] = ()
     cast: dict[str, int] = field(default_factory=dict)
+    adapted: str = ''
+
+    @property
+    def new(self) -> tuple[str, ...]:
+        """Former name of ``missing_keys``."""
+        return _renamed('new', 'missing_keys', self.missing_keys)
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Former name of ``unexpected_keys``."""
+        return _renamed('unused', 'unexpected_keys', self.unexpected_keys)
 
     def __str__(self) -> str:
         form = [f'under {self.wrapper}'] if self.wrapper else []
@@ -50,8 +77,8 @@ class LoadReport:
         where = f' ({", ".join(form)})' if form else ''
         lines = [f'Loaded {len(self.loaded)} tensors from {self.source}{where}.']
         for names, what in (
-            (self.new, 'New, initialised and not loaded'),
-            (self.unused, 'In the file and unused'),
+            (self.missing_keys, 'Not in the file, initialised instead'),
+            (self.unexpected_keys, 'In the file and not used'),
             (self.other_parts, 'Of other parts of the model in the file'),
             (self.counters, f'Without {COUNTER} in the file'),
         ):
@@ -59,16 +86,22 @@ class LoadReport:
                 lines.append(f'{what}: {len(names)} ({_modules(names)}).')
         for dtype, count in self.cast.items():
             lines.append(f'Converted from {dtype}: {count}.')
+        if self.adapted:
+            lines.append(f'{self.adapted}.')
         return ' '.join(lines)
 
 
+@deprecated_api_warning(
+    {'may_be_new': 'allow_missing', 'may_be_unused': 'allow_unexpected'}
+)
 def load_pretrained(
     module: nn.Module,
     source: Source,
-    may_be_new: Sequence[str] = (),
-    may_be_unused: Sequence[str] = (),
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
     prefix: Optional[str] = None,
     logger: Union[logging.Logger, str, None] = 'current',
+    adapt_input: bool = False,
 ) -> LoadReport:
     """Load a checkpoint into a module, and say what was loaded.
 
@@ -81,10 +114,10 @@ def load_pretrained(
     Args:
         module (nn.Module): Takes the tensors.
         source (str | Path): A file or URL, see :func:`read_checkpoint`.
-        may_be_new (Sequence[str]): Submodules or parameters that the file may
+        allow_missing (Sequence[str]): Submodules or parameters that the file may
             lack; ``'norm1'`` stands for all names below it, and ``*`` for any
-            text. A layer is new as a whole or not at all. Default: ().
-        may_be_unused (Sequence[str]): The same for what the module lacks.
+            text. A layer is missing as a whole or not at all. Default: ().
+        allow_unexpected (Sequence[str]): The same for what the module lacks.
             Default: ().
         prefix (str, optional): What the names in the file begin with, as
             ``'backbone.'``. Default: None, the known prefix that fits best.
@@ -107,7 +140,16 @@ def load_pretrained(
         if name.startswith(prefix)
     }
     inside = adapt(module, inside)
-    fitting, problems = compare(inside, target, may_be_new, may_be_unused)
+    adapted = ''
+    first = _other_input(module, inside, target)
+    if first and adapt_input:
+        channels = target[first].shape[1]
+        adapted = (
+            f'Adapted {first} from {inside[first].shape[1]} to {channels} input '
+            'channels'
+        )
+        inside[first] = adapt_input_channels(inside[first], channels)
+    fitting, problems = compare(inside, target, allow_missing, allow_unexpected)
     converted: dict[str, Tensor] = {}
     if not problems:
         converted, problems = _convert(fitting, target)
@@ -120,6 +162,7 @@ def load_pretrained(
         raise CheckpointError(
             f'{source} does not fit {type(module).__name__}; nothing was loaded. '
             + ' '.join([*problems, *kinds])
+            + (_INPUT_ADVICE if first and not adapt_input else '')
             + ' If most shapes or many numbered blocks differ, the file belongs to '
             'another `arch` or to another model.'
         )
@@ -129,19 +172,80 @@ def load_pretrained(
         wrapper=found.wrapper,
         prefix=prefix,
         loaded=tuple(fitting),
-        new=tuple(name for name in missing if not is_counter(name)),
-        unused=tuple(name for name in inside if name not in target),
+        missing_keys=tuple(name for name in missing if not is_counter(name)),
+        unexpected_keys=tuple(name for name in inside if name not in target),
         other_parts=tuple(n for n in found.tensors if not n.startswith(prefix)),
         counters=tuple(
             name
             for name in missing
-            if is_counter(name) and not matches(name, may_be_new)
+            if is_counter(name) and not matches(name, allow_missing)
         ),
         cast=_count_casts(fitting, target),
+        adapted=adapted,
     )
     module.load_state_dict(converted, strict=False)
     print_log(str(report), logger=logger)
     return report
+
+
+def pretrained_options(init_cfg: Any) -> Optional[dict[str, Any]]:
+    """Read an ``init_cfg`` that names a checkpoint and nothing else.
+
+    Args:
+        init_cfg (dict | list[dict] | None): As MMEngine's modules take it, with
+            ``adapt_input`` as a further option of ``Pretrained``.
+
+    Returns:
+        dict | None: ``source``, ``prefix`` and ``adapt_input`` for
+        :func:`load_pretrained`; None if there is something else to be done, which
+        MMEngine does.
+
+    Raises:
+        TypeError: If it is no such thing, or has other options.
+    """
+    cfgs = init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg or {}]
+    for cfg in cfgs:
+        if not isinstance(cfg, dict) or (cfg and 'type' not in cfg):
+            raise TypeError(
+                'init_cfg must be a dict with a type, or a list of these, as '
+                f"dict(type='Pretrained', checkpoint=PATH); found {cfg!r}"
+            )
+    if len(cfgs) != 1 or not _is_pretrained(cfgs[0]):
+        return None
+    options = {k: v for k, v in cfgs[0].items() if k not in ('type', '_scope_')}
+    unknown = sorted(set(options) - set(_PRETRAINED_OPTIONS))
+    if unknown or 'checkpoint' not in options:
+        raise TypeError(
+            f'init_cfg of type Pretrained has the options '
+            f'{", ".join(_PRETRAINED_OPTIONS)}, and needs checkpoint; found '
+            f'{shorten(options)}'
+        )
+    return dict(
+        source=options['checkpoint'],
+        prefix=options.get('prefix'),
+        adapt_input=options.get('adapt_input', False),
+    )
+
+
+def adapt_input_channels(weight: Tensor, channels: int) -> Tensor:
+    """Change how many channels a convolution's weight takes, as timm does.
+
+    Args:
+        weight (Tensor): Of shape (out, in, kH, kW).
+        channels (int): The new number: 1 sums over the channels, so that a grey
+            image gives what its RGB copy gave; another one repeats them in turn
+            and rescales, so that equal channels give the same sum.
+
+    Returns:
+        Tensor: Of shape (out, channels, kH, kW) and of the same dtype.
+    """
+    before = weight.shape[1]
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    if channels == 1:
+        return wide.sum(1, keepdim=True).to(weight.dtype)
+    repeats = -(-channels // before)
+    repeated = wide.repeat(1, repeats, 1, 1)[:, :channels]
+    return (repeated * (before / channels)).to(weight.dtype)
 
 
 def adapt(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -167,16 +271,16 @@ def adapt(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def compare(
     tensors: dict[str, Tensor],
     target: dict[str, Tensor],
-    may_be_new: Sequence[str] = (),
-    may_be_unused: Sequence[str] = (),
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Compare the names and shapes of a file with those of a module.
 
     Args:
         tensors (dict[str, Tensor]): From the file.
         target (dict[str, Tensor]): Of the module.
-        may_be_new (Sequence[str]): What the file may lack.
-        may_be_unused (Sequence[str]): What the module may lack.
+        allow_missing (Sequence[str]): What the file may lack.
+        allow_unexpected (Sequence[str]): What the module may lack.
 
     Returns:
         tuple[dict[str, Tensor], list[str]]: The tensors that fit, and one sentence
@@ -188,12 +292,12 @@ def compare(
         for name in target
         if name not in tensors
         and not is_counter(name)
-        and not (matches(name, may_be_new) and _parent(name) not in begun)
+        and not (matches(name, allow_missing) and _parent(name) not in begun)
     ]
     unexpected = [
         name
         for name in tensors
-        if name not in target and not matches(name, may_be_unused)
+        if name not in target and not matches(name, allow_unexpected)
     ]
     shared = [name for name in target if name in tensors]
     other = [name for name in shared if tensors[name].shape != target[name].shape]
@@ -279,6 +383,37 @@ def _convert(
         return {}, [f'Tensors of another nature ({len(foreign)}): {shorten(foreign)}.']
     converted = {n: tensor.to(target[n].dtype) for n, tensor in fitting.items()}
     return converted, describe_defects(converted)
+
+
+def _is_pretrained(cfg: dict) -> bool:
+    return bool(cfg) and find_type(cfg, WEIGHT_INITIALIZERS) is PretrainedInit
+
+
+def _other_input(
+    module: nn.Module, tensors: dict[str, Tensor], target: dict[str, Tensor]
+) -> str:
+    """Name the first convolution's weight if its input channels alone differ."""
+    convs = (n for n, part in module.named_modules() if isinstance(part, nn.Conv2d))
+    name = f'{next(convs, "")}.weight'.lstrip('.')
+    if name not in tensors or name not in target:
+        return ''
+    found, wanted = tensors[name], target[name]
+    fits = (
+        found.dim() == 4
+        and found.is_floating_point()
+        and found.layout == torch.strided
+        and found.shape[0] == wanted.shape[0]
+        and found.shape[1] != wanted.shape[1]
+        and found.shape[2:] == wanted.shape[2:]
+    )
+    return name if fits else ''
+
+
+def _renamed(old: str, new: str, value: tuple[str, ...]) -> tuple[str, ...]:
+    warnings.warn(
+        f'LoadReport.{old} is now called {new}', DeprecationWarning, stacklevel=3
+    )
+    return value
 
 
 def _nature(tensor: Tensor) -> str:

@@ -14,8 +14,9 @@ from mmengine.dist import barrier, get_rank
 from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 
+from ..utils.text import shorten
 from .diagnosis import foreign_kind, why_damaged
-from .errors import CheckpointError, RefusedError, shorten
+from .errors import CheckpointError, RefusedError
 from .safe_globals import (
     FORCE_SAFE,
     FORCE_UNSAFE,

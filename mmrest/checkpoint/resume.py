@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, Optional
 import torch
 from mmengine.dist import all_gather_object
 
-from .errors import CheckpointError, RefusedError, shorten
+from ..utils.text import shorten
+from .errors import CheckpointError, RefusedError
 from .reading import Source, read_checkpoint
 from .safe_globals import mmengine_globals_allowed
 

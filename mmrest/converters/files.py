@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmrest.checkpoint import read_checkpoint
-from mmrest.checkpoint.state_dicts import find_state_dict, shared_prefix
+from mmrest.checkpoint.state_dict import find_state_dict, shared_prefix
 from mmrest.version import __version__
 
 from .detectron2 import Conversion, ConversionError, to_detectron2, to_mmdet

@@ -7,7 +7,8 @@ from typing import Any, Optional
 from mmengine.logging import print_log
 from torch import Tensor
 
-from .errors import CheckpointError, shorten
+from ..utils.text import shorten
+from .errors import CheckpointError
 from .reading import Source, read_checkpoint
 
 # If several are there: the averaged weights are those that were evaluated. (In
