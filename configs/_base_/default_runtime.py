@@ -1,20 +1,25 @@
-# What every detector of this repository shares at run time.
+# What every detector of this repository shares at run time. The hooks of mmrest stand
+# with their module, so that MMEngine finds them under any model.
 default_scope = 'mmdet'
-# Importing mmrest registers ResT in MMEngine's root registry.
-custom_imports = dict(imports=['mmrest'], allow_failed_imports=False)
 
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=50),
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(
-        type='WholeCheckpointHook', by_epoch=False, interval=10000, max_keep_ckpts=3
+        type='mmrest.hooks.WholeCheckpointHook',
+        by_epoch=False,
+        interval=10000,
+        max_keep_ckpts=3,
     ),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='DetVisualizationHook'),
 )
 # A list that replaces this one, in a config of yours, should name the hooks again.
-custom_hooks = [dict(type='CheckNonFiniteHook'), dict(type='PreemptionHook')]
+custom_hooks = [
+    dict(type='mmrest.hooks.CheckNonFiniteHook'),
+    dict(type='mmrest.hooks.PreemptionHook'),
+]
 log_processor = dict(type='LogProcessor', window_size=50, by_epoch=False)
 log_level = 'INFO'
 

@@ -9,7 +9,7 @@ default_hooks = dict(
     ),
     visualization=dict(type='VisualizationHook'),
     # A published ImageNet checkpoint is read as it is.
-    published=dict(type='PublishedClassifierHook'),
+    published=dict(type='mmrest.checkpoint.PublishedClassifierHook'),
 )
 log_processor = dict(by_epoch=True)
 visualizer = dict(type='UniversalVisualizer')

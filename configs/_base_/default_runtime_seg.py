@@ -4,9 +4,9 @@ _base_ = './default_runtime.py'
 default_scope = 'mmseg'
 # Names the file of a label image with an index that is no class.
 custom_hooks = [
-    dict(type='CheckNonFiniteHook'),
-    dict(type='PreemptionHook'),
-    dict(type='LabelRangeHook'),
+    dict(type='mmrest.hooks.CheckNonFiniteHook'),
+    dict(type='mmrest.hooks.PreemptionHook'),
+    dict(type='mmrest.hooks.LabelRangeHook'),
 ]
 default_hooks = dict(
     logger=dict(log_metric_by_epoch=False),

@@ -3,81 +3,33 @@
 # the data and fills in the paths. No pretraining: 60 iterations give bbox AP50 0.68,
 # 120 give 0.93, all 300 give 0.96 (segm AP50 0.96) on the 100 held-back images.
 _base_ = [
-    '../_base_/models/mask_rcnn_rest_small_fpn.py',
+    '../_base_/models/mask_rcnn_rest_tiny_fpn.py',
     '../_base_/default_runtime.py',
 ]
 
 # What projects/demo/fruitset generates.
 fruit_set = dict(num_train=600, num_val=100, size=160, seed=0)
 
-width = 64  # channels of FPN, RPN and mask head
 num_classes = 4
-strides = [4, 8, 16, 32]
-roi_strides = strides[:3]
+# The anchors' sides are 16 to 128 pixels; the fruit measures 24 to 75.
 model = dict(
-    backbone=dict(
-        arch=dict(
-            _delete_=True,
-            embed_dims=[32, 64, 128, 256],
-            num_heads=[1, 2, 4, 8],
-            depths=[1, 1, 2, 1],
-            sr_ratios=[8, 4, 2, 1],
-            mlp_ratios=4,
-        ),
-        drop_path_rate=0.0,
-        init_cfg=None,  # from scratch
-    ),
-    neck=dict(in_channels=[32, 64, 128, 256], out_channels=width, num_outs=4),
-    rpn_head=dict(
-        in_channels=width,
-        feat_channels=width,
-        # Sides of 16, 32, 64 and 128 pixels; the fruit measures 24 to 75.
-        anchor_generator=dict(scales=[4], strides=strides),
-    ),
     roi_head=dict(
-        # finest_scale: RoIs up to 56 pixels are read at stride 4, up to 112 at 8.
-        bbox_roi_extractor=dict(
-            roi_layer=dict(sampling_ratio=2),
-            out_channels=width,
-            featmap_strides=roi_strides,
-            finest_scale=28,
-        ),
-        bbox_head=dict(
-            in_channels=width,
-            fc_out_channels=256,
-            num_classes=num_classes,
-            reg_class_agnostic=True,
-        ),
-        mask_roi_extractor=dict(
-            roi_layer=dict(sampling_ratio=2),
-            out_channels=width,
-            featmap_strides=roi_strides,
-            finest_scale=28,
-        ),
-        mask_head=dict(
-            num_convs=2,
-            in_channels=width,
-            conv_out_channels=width,
-            num_classes=num_classes,
-        ),
+        bbox_head=dict(num_classes=num_classes, reg_class_agnostic=True),
+        mask_head=dict(num_classes=num_classes),
     ),
-    # Few proposals and samples: there are at most six objects in a picture.
+    # Few samples: there are at most six objects in a picture.
     # ignore_iof_thr: what lies in a crowd is neither object nor background.
     train_cfg=dict(
         rpn=dict(
             assigner=dict(min_pos_iou=0.3, ignore_iof_thr=0.5),
             sampler=dict(num=64),
         ),
-        rpn_proposal=dict(nms_pre=200, max_per_img=60),
         rcnn=dict(
             assigner=dict(match_low_quality=True, ignore_iof_thr=0.5),
             sampler=dict(num=32),
         ),
     ),
-    test_cfg=dict(
-        rpn=dict(nms_pre=200, max_per_img=60),
-        rcnn=dict(max_per_img=20),
-    ),
+    test_cfg=dict(rcnn=dict(max_per_img=20)),
 )
 
 scale = (160, 160)

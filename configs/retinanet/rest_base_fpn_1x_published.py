@@ -1,17 +1,12 @@
+# Pixels and box head as in rest_small_fpn_1x_published.py, which says why.
 _base_ = './rest_base_fpn_1x.py'
 
-# For the checkpoints that the authors published, and for nothing else. They were
-# trained on BGR pixels with this mean and no scaling, the default of their
-# framework, and need the same at test time; an author later called it a mistake.
-# Resizing by Pillow, the rest of their input, is in the base already.
 model = dict(
     data_preprocessor=dict(
         mean=[103.53, 116.28, 123.675],
         std=[1.0, 1.0, 1.0],
         bgr_to_rgb=False,
     ),
-    # Their framework clips boxes to the image after the NMS, mmdet before, which
-    # lets other boxes survive at the image's border.
     bbox_head=dict(
         type='ClipLastRetinaHead',
         bbox_coder=dict(clip_border=False),

@@ -1,5 +1,9 @@
 # ImageNet classifier on ResT-Small: stage 4, its norm, the mean, and a linear layer.
 # The other sizes override a few fields of this file.
+
+# Importing mmrest registers ResT in MMEngine's root registry.
+custom_imports = dict(imports=['mmrest'], allow_failed_imports=False)
+
 model = dict(
     type='ImageClassifier',
     data_preprocessor=dict(

@@ -1,4 +1,8 @@
 # Mask R-CNN on ResT-Small. The other sizes override a few fields of this file.
+
+# Importing mmrest registers ResT in MMEngine's root registry.
+custom_imports = dict(imports=['mmrest'], allow_failed_imports=False)
+
 model = dict(
     type='MaskRCNN',
     data_preprocessor=dict(

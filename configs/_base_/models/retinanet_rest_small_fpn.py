@@ -1,4 +1,8 @@
 # RetinaNet on ResT-Small. The other sizes override a few fields of this file.
+
+# Importing mmrest registers ResT in MMEngine's root registry.
+custom_imports = dict(imports=['mmrest'], allow_failed_imports=False)
+
 model = dict(
     type='RetinaNet',
     data_preprocessor=dict(

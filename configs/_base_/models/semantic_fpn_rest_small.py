@@ -1,5 +1,9 @@
 # Semantic FPN on ResT-Small, head as in the published PVT and PoolFormer models. The
 # other sizes override a few fields of this file.
+
+# Importing mmrest registers ResT in MMEngine's root registry.
+custom_imports = dict(imports=['mmrest'], allow_failed_imports=False)
+
 norm_cfg = dict(type='SyncBN', requires_grad=True)  # BN in a single process
 model = dict(
     type='EncoderDecoder',

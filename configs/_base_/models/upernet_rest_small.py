@@ -1,5 +1,9 @@
 # UPerNet on ResT-Small, heads as in mmseg's UPerNet with Swin. The other sizes
 # override a few fields of this file.
+
+# Importing mmrest registers ResT in MMEngine's root registry.
+custom_imports = dict(imports=['mmrest'], allow_failed_imports=False)
+
 norm_cfg = dict(type='SyncBN', requires_grad=True)  # BN in a single process
 model = dict(
     type='EncoderDecoder',
