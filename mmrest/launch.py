@@ -1,28 +1,46 @@
-"""What ``tools/train.py`` and ``tools/test.py`` share.
+"""What the tools do between their arguments and MMEngine's Runner.
 
-Arguments that every MMEngine tool has, the config they select, and the process
-group on machines without an accelerator. The scope (mmdet, mmseg, mmpretrain)
-comes from the config alone.
+Options that several tools have, the config that they select, the checks before a run,
+mixed precision, and the process group on machines without an accelerator.
 """
 
 import argparse
 import atexit
+import copy
 import logging
 import os
 import os.path as osp
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.hub import get_config
 from mmengine.logging import print_log
+from mmengine.registry import MODELS, RUNNERS
+from mmengine.runner import Runner
+from torch import nn
+from torch.random import fork_rng
 
-from .checkpoint import find_latest, force_safe_loading, inspect_latest
+from .checkpoint import (
+    CheckpointError,
+    check_agreement,
+    check_load_from,
+    find_latest,
+    force_safe_loading,
+    inspect_latest,
+)
 from .config import SCOPE, find_config
+from .datasets.preflight import PreflightError, check_config, log_report
+from .hooks import LabelRangeError, NonFiniteError
+from .optim.amp import DTYPES, AmpError
+from .utils.config_types import find_toolbox, type_name
+from .utils.results import ResultsError
 
 # What each toolbox comes with, see setup.py.
 EXTRAS = dict(mmdet='det', mmseg='seg', mmpretrain='cls')
@@ -33,10 +51,37 @@ class LaunchError(ValueError):
     """A command line or config with which a run cannot start."""
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of every tool that starts a Runner."""
+# What a tool reports as one message instead of a traceback.
+EXPECTED_ERRORS = (
+    LaunchError,
+    AmpError,
+    PreflightError,
+    CheckpointError,
+    NonFiniteError,
+    LabelRangeError,
+    ResultsError,
+)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser whose ``--amp`` takes a data type only where one follows.
+
+    argparse alone would take the config in ``--amp config.py`` for the data type.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        for index, word in enumerate(words):
+            if word == '--amp' and not {*words[index + 1 : index + 2]} & {*DTYPES}:
+                words[index] = '--amp=auto'
+        return super().parse_known_args(words, namespace)
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the config and the options that change it."""
     parser.add_argument(
-        '--work-dir', help='folder for logs and checkpoints [work_dirs/CONFIG NAME]'
+        'config',
+        help='path of a config, or package::folder/name.py of an installed one',
     )
     parser.add_argument(
         '--cfg-options',
@@ -45,6 +90,22 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='KEY=VALUE',
         help='override fields of the config, e.g. train_cfg.max_iters=100 '
         'model.backbone.init_cfg=None "a.b=[(1,2),(3,4)]"',
+    )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every tool that starts a Runner, but for the config."""
+    parser.add_argument(
+        '--work-dir', help='folder for logs and checkpoints [work_dirs/CONFIG NAME]'
+    )
+    parser.add_argument(
+        '--amp',
+        nargs='?',
+        choices=('auto', *DTYPES),
+        const='auto',
+        metavar='bfloat16|float16',
+        help='automatic mixed precision; alone: bfloat16 where the device has it, '
+        'else float16',
     )
     parser.add_argument(
         '--no-preflight',
@@ -60,27 +121,55 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_config(args: argparse.Namespace) -> Config:
-    """Read ``args.config`` and apply the options of :func:`add_common_arguments`.
+@contextmanager
+def short_errors(tool: str, status: Any = None) -> Iterator[None]:
+    """End the process with one message where an error needs no traceback.
 
     Args:
-        args (Namespace): Parsed arguments with ``config``, a path or
-            ``package::folder/name.py`` as in ``_base_``.
+        tool (str): Name of the tool, which the message begins with.
+        status (int, optional): Exit status. Default: None, which is 1.
+    """
+    try:
+        yield
+    except EXPECTED_ERRORS as error:
+        if status is None:
+            sys.exit(f'{tool}: {error}')
+        print(f'{tool}: {error}', file=sys.stderr)
+        sys.exit(status)
 
-    Returns:
-        Config: With ``launcher`` and ``work_dir`` set.
+
+def load_config(name: str, cfg_options: Optional[dict] = None) -> Config:
+    """Read a config and override some of its fields.
+
+    Args:
+        name (str): A path, or ``package::folder/name.py`` as in ``_base_``.
+        cfg_options (dict, optional): New values by dotted name.
 
     Raises:
         LaunchError: If there is no such config, or its toolbox is not installed.
     """
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     # mmengine loads some addresses, and its OneDL twin some files, unsafely
     force_safe_loading()
-    cfg = _read(args.config)
-    check_toolbox(cfg, args.config)
+    cfg = _read(name)
+    check_toolbox(cfg, name)
+    if cfg_options:
+        cfg.merge_from_dict(cfg_options)
+    return cfg
+
+
+def load_run_config(args: argparse.Namespace) -> Config:
+    """Read the config of a run, and set its ``launcher`` and ``work_dir``.
+
+    Args:
+        args (Namespace): What :func:`add_config_arguments` and
+            :func:`add_run_arguments` ask for.
+
+    Raises:
+        LaunchError: As :func:`load_config`.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = load_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
@@ -107,18 +196,45 @@ def _read(name: str) -> Config:
 
 
 def check_toolbox(cfg: Config, name: str) -> None:
-    """Check that the toolbox of a config's ``default_scope`` is installed.
+    """Check that the toolbox that a config is written for is installed.
 
     Raises:
         LaunchError: If it is not.
     """
-    toolbox = cfg.get('default_scope')
+    try:
+        toolbox = find_toolbox(cfg)
+    except ImportError as error:  # of a type in a pure-Python config
+        raise LaunchError(f'{name}: {error}') from error
     if toolbox in EXTRAS and find_spec(toolbox) is None:
         raise LaunchError(
             f'{name} needs {toolbox}, which is not installed. Run pip install '
             f"'mmrest[{EXTRAS[toolbox]}]', or take the packages of OneDL that "
             'requirements/onedl.txt names.'
         )
+
+
+def scale_learning_rate(cfg: Config) -> None:
+    """Have MMEngine scale the learning rate by the batch.
+
+    Raises:
+        LaunchError: If the config does not say for which batch the rate was chosen.
+    """
+    if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+        raise LaunchError(
+            '--auto-scale-lr needs the batch that the learning rate was chosen for. '
+            'Add auto_scale_lr=dict(enable=False, base_batch_size=16) to the config.'
+        )
+    cfg.auto_scale_lr.enable = True
+
+
+def log_for_tensorboard(cfg: Config) -> None:
+    """Add TensorBoard's files to what a run logs."""
+    visualizer = cfg.setdefault(
+        'visualizer',
+        dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]),
+    )
+    backends = list(visualizer.get('vis_backends') or [])
+    visualizer['vis_backends'] = [*backends, dict(type='TensorboardVisBackend')]
 
 
 def choose_start(cfg: Config, resume: Optional[str]) -> str:
@@ -150,6 +266,70 @@ def choose_start(cfg: Config, resume: Optional[str]) -> str:
     if own_seed is None and latest.seed is not None:
         cfg.merge_from_dict({'randomness.seed': latest.seed})
     return latest.warning
+
+
+def check_start(runner: Any, cfg: Config) -> None:
+    """Refuse a checkpoint of which MMEngine would load less than is meant.
+
+    Args:
+        runner (Runner | FlexibleRunner): Before ``train()``.
+        cfg (Config): The config that it was built from.
+
+    Raises:
+        CheckpointError: If the checkpoint does not fit the model, or the processes
+            chose different ones.
+    """
+    start = cfg.get('load_from')
+    check_agreement(start)
+    if not start:
+        return
+    model = runner.model
+    if not isinstance(model, nn.Module):  # FlexibleRunner builds it in train()
+        with fork_rng():
+            model = MODELS.build(copy.deepcopy(model))
+    check_load_from(model, start, exact=bool(cfg.get('resume')), hooks=runner.hooks)
+
+
+def check_before_run(cfg: Config, args: argparse.Namespace, stage: str) -> list:
+    """Look for what stands in the way of a run, on the first process of a machine.
+
+    Args:
+        cfg (Config): The whole config, with the command line's options.
+        args (Namespace): With ``no_preflight``.
+        stage (str): ``'train'`` or ``'test'``.
+
+    Returns:
+        list: A report for :func:`build_runner`, which logs it.
+
+    Raises:
+        PreflightError: With everything that was found.
+    """
+    if args.no_preflight or not on_first_process():
+        return []
+    return check_config(cfg, stage)
+
+
+def build_runner(
+    cfg: Config, notes: Sequence = (), runner_type: type[Runner] = Runner
+) -> Any:
+    """Make the process group if needed, and the Runner.
+
+    Args:
+        cfg (Config): The whole config.
+        notes (list[tuple[int, str]]): Level and text of what goes into the Runner's
+            log.
+        runner_type (type[Runner]): Where the config has no ``runner_type``.
+
+    Returns:
+        Runner | FlexibleRunner: The Runner.
+    """
+    prepare_process_group(cfg)
+    if 'runner_type' in cfg:
+        runner = RUNNERS.build(cfg)
+    else:
+        runner = runner_type.from_cfg(cfg)
+    log_report(notes)
+    return runner
 
 
 def on_first_process() -> bool:
@@ -228,13 +408,13 @@ def end_process_group(status: int = 0) -> None:
     os._exit(status)
 
 
-def _replace_sync_bn(part) -> int:
+def _replace_sync_bn(part: Any) -> int:
     """Write BN for SyncBN, as MMEngine does to the model of a single process."""
     if isinstance(part, (list, tuple)):
         return sum(_replace_sync_bn(value) for value in part)
     if not isinstance(part, dict):
         return 0
-    found = part.get('type') in ('SyncBN', 'MMSyncBN')
+    found = type_name(part) in ('SyncBN', 'MMSyncBN', 'SyncBatchNorm')
     if found:
         part['type'] = 'BN'
     return found + sum(_replace_sync_bn(value) for value in part.values())

@@ -7,45 +7,33 @@ all agree, 1 if one differs, 2 if nothing could be compared.
 import argparse
 import sys
 
-from mmengine.runner import Runner
-
 from mmrest import launch
-from mmrest.checkpoint import CheckpointError, check_load_from
-from mmrest.datasets.preflight import PreflightError, check_config, log_report
-from mmrest.utils.results import ResultsError, compare, expected
+from mmrest.checkpoint import check_load_from
+from mmrest.optim.amp import test_with_amp
+from mmrest.utils.evaluation import EvaluationRunner
+from mmrest.utils.results import compare, expected
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='path of a config, or mmrest::folder/name.py')
+    parser = launch.ArgumentParser(description=__doc__)
+    launch.add_config_arguments(parser)
     parser.add_argument('checkpoint', help='path or URL of a checkpoint')
-    launch.add_common_arguments(parser)
+    launch.add_run_arguments(parser)
     return parser.parse_args()
 
 
 def main() -> int:
     args = parse_args()
-    try:
-        cfg = launch.load_config(args)
+    with launch.short_errors('tools/check_results.py', status=2):
+        cfg = launch.load_run_config(args)
         figures = expected(cfg, args.config)
-        cfg.load_from = args.checkpoint
-        cfg.resume = False
-        report = []
-        if not args.no_preflight and launch.on_first_process():
-            report = check_config(cfg, 'test')
-        launch.prepare_process_group(cfg)
-        runner = Runner.from_cfg(cfg)
-        log_report(report)
+        cfg.load_from, cfg.resume = args.checkpoint, False
+        report = launch.check_before_run(cfg, args, 'test')
+        if args.amp:
+            test_with_amp(cfg, args.amp)
+        runner = launch.build_runner(cfg, report, EvaluationRunner)
         check_load_from(runner.model, cfg.load_from, hooks=runner.hooks)
         agree, text = compare(runner.test(), figures)
-    except (
-        launch.LaunchError,
-        CheckpointError,
-        PreflightError,
-        ResultsError,
-    ) as error:
-        print(f'tools/check_results.py: {error}', file=sys.stderr)
-        return 2
     print(text)
     status = 0 if agree else 1
     launch.end_process_group(status)

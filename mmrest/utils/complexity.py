@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from mmengine.analysis import FlopAnalyzer
+from mmengine.analysis import FlopAnalyzer, parameter_count
 from torch import nn
 
 # What MMEngine adds for each element of a norm without affine parameters.
@@ -70,13 +70,8 @@ def _padded(model: nn.Module, shape: tuple[int, int]) -> tuple[int, int]:
 def _data_samples(shape: tuple[int, int]) -> list:
     from mmdet.structures import DetDataSample
 
-    metainfo = {
-        'img_shape': shape,
-        'ori_shape': shape,
-        'pad_shape': shape,
-        'batch_input_shape': shape,
-        'scale_factor': (1.0, 1.0),
-    }
+    sizes = ('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape')
+    metainfo = dict(dict.fromkeys(sizes, shape), scale_factor=(1.0, 1.0))
     return [DetDataSample(metainfo=metainfo)]
 
 
@@ -92,44 +87,43 @@ class _Forward(nn.Module):
         return self.model(x, **self.kwargs)
 
 
-def complexity(
-    model: nn.Module, shape: tuple[int, int], in_channels: int = 3
-) -> Complexity:
-    """Count a forward pass of one image.
+def complexity(model: nn.Module, shape: tuple[int, int]) -> Complexity:
+    """Count a forward pass of one image, with the channels of the first convolution.
 
     A detector's heads run on the proposals that the model makes of a random
     image, at most 1,000 in the box head and 100 in the mask head.
 
     Args:
-        model (nn.Module): a detector, segmentor, classifier or backbone.
-        shape (tuple[int, int]): height and width of the image; it is padded as
+        model (nn.Module): A detector, segmentor, classifier or backbone.
+        shape (tuple[int, int]): Height and width of the image; it is padded as
             the model's data preprocessor does.
-        in_channels (int): channels of the image. Defaults to 3.
 
     Returns:
-        Complexity: the counts.
+        Complexity: The counts.
     """
     model = model.eval()
     shape = _padded(model, shape)
     kwargs = {}
-    if hasattr(model, 'predict') and 'mmdet' in sys.modules:
+    if 'mmdet' in sys.modules:
         from mmdet.models.detectors import BaseDetector
 
         if isinstance(model, BaseDetector):
             kwargs = {'data_samples': _data_samples(shape), 'mode': 'tensor'}
+    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, in_channels, *shape, generator=generator)
+    image = torch.randn(1, first.in_channels, *shape, generator=generator)
     analyzer = FlopAnalyzer(_Forward(model, **kwargs), (image,))
     analyzer.set_op_handle(**HANDLES)
     analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analyzer.tracer_warnings('none')
     with torch.no_grad():
         by_module = analyzer.by_module()
-    flops, params = {}, {}
-    for name, child in model.named_children():
-        if any(True for _ in child.parameters()):
-            flops[name] = int(by_module[f'model.{name}'])
-            params[name] = sum(p.numel() for p in child.parameters())
-    flops['total'] = int(analyzer.total())
-    params['total'] = sum(p.numel() for p in model.parameters())
-    return Complexity(shape, flops, params)
+    parameters = parameter_count(model)
+    names = [name for name, _ in model.named_children() if name in parameters]
+    flops = {name: int(by_module[f'model.{name}']) for name in names}
+    params = {name: parameters[name] for name in names}
+    return Complexity(
+        shape,
+        dict(flops, total=int(analyzer.total())),
+        dict(params, total=parameters['']),
+    )

@@ -8,6 +8,8 @@ from typing import Any, Optional, Union
 
 from mmengine.registry import Registry
 
+TOOLBOXES = ('mmdet', 'mmseg', 'mmpretrain')
+
 
 def find_type(cfg: dict, registry: Registry) -> Optional[type]:
     """Find the class that a config would build.
@@ -43,3 +45,23 @@ def type_name(cfg_or_type: Union[dict, str, type, None, Any]) -> str:
     if isinstance(kind, str):
         return kind.rpartition('.')[2]
     return getattr(kind, '__name__', type(kind).__name__)
+
+
+def find_toolbox(cfg: dict) -> Optional[str]:
+    """Find the toolbox that a config is written for.
+
+    Args:
+        cfg (dict): A whole config. Where ``default_scope`` is missing or None, as in
+            pure-Python configs, the type of its model decides.
+
+    Returns:
+        str | None: ``default_scope``, ``'mmdet'``, ``'mmseg'`` or ``'mmpretrain'``;
+        None if neither field tells.
+    """
+    if cfg.get('default_scope'):
+        return cfg['default_scope']
+    model = cfg.get('model') or {}
+    kind = model.get('type')
+    module = kind if isinstance(kind, str) else getattr(kind, '__module__', '')
+    package = model.get('_scope_') or module.partition('.')[0]
+    return package if package in TOOLBOXES else None

@@ -5,8 +5,8 @@ import torch
 from mmengine.analysis import FlopAnalyzer
 
 from mmrest import ResT
-from mmrest.utils.complexity import HANDLES, complexity
 from mmrest.ops import attention, head_interaction_attention
+from mmrest.utils.complexity import HANDLES, complexity
 
 # 10^9 operations of the classifiers at 224x224 as published (one digit).
 PUBLISHED = {'lite': 1.4, 'small': 1.9, 'base': 4.3, 'large': 7.9}

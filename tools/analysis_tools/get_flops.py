@@ -1,18 +1,17 @@
 """Count the multiply-accumulates and parameters of a config's model."""
 
 import argparse
-import sys
 
-from mmengine.config import DictAction
 from mmengine.registry import MODELS, init_default_scope
 
 from mmrest import launch
 from mmrest.utils.complexity import complexity
+from mmrest.utils.config_types import find_toolbox
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='path of a config, or mmrest::folder/name.py')
+    launch.add_config_arguments(parser)
     parser.add_argument(
         '--shape',
         type=int,
@@ -21,22 +20,14 @@ def parse_args() -> argparse.Namespace:
         metavar=('H', 'W'),
         help='size of the image [800 1333]',
     )
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, help='override fields: KEY=VALUE'
-    )
-    # What else launch.load_config reads, for tools that start a Runner.
-    parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
     return parser.parse_args()
 
 
-def main() -> int:
+def main() -> None:
     args = parse_args()
-    try:
-        cfg = launch.load_config(args)
-    except launch.LaunchError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 1
-    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    with launch.short_errors('tools/analysis_tools/get_flops.py'):
+        cfg = launch.load_config(args.config, args.cfg_options)
+    init_default_scope(find_toolbox(cfg) or 'mmengine')
     result = complexity(MODELS.build(cfg.model), tuple(args.shape))
     height, width = result.shape
     print(
@@ -49,8 +40,7 @@ def main() -> int:
         'products, and the operations of norms; softmax, activations and RoIAlign '
         'are not counted.'
     )
-    return 0
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    main()

@@ -1,0 +1,151 @@
+"""Mixed precision: bfloat16 beside MMEngine's float16, on GPUs and CPUs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
+from mmengine.runner.amp import autocast
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from ..utils.config_types import type_name
+
+DTYPES = ('bfloat16', 'float16')
+# Modules that compute in float32: mmcv's operators have no bfloat16, and neither the
+# coordinates of RoIs nor losses fit into its 8 bits of precision.
+_FLOAT32_PARTS = ('mmcv.ops.', '.roi_extractors.', '.losses.')
+
+
+class AmpError(ValueError):
+    """Mixed precision that the device or the config has no room for."""
+
+
+@OPTIM_WRAPPERS.register_module()
+class BFloat16OptimWrapper(OptimWrapper):
+    """An ``OptimWrapper`` whose forward passes run under bfloat16 autocast.
+
+    bfloat16 has the range of float32, so the loss needs no scaling, and CPUs compute in
+    it too; MMEngine's ``AmpOptimWrapper`` scales the loss and refuses CPUs. Parameters,
+    gradients and the optimizer stay in float32.
+
+    Args:
+        **kwargs: Those of ``OptimWrapper``.
+    """
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """Autocast, and what ``OptimWrapper`` does for gradient accumulation.
+
+        Args:
+            model (nn.Module): The model to train; see :func:`keep_in_float32`.
+        """
+        keep_in_float32(model)
+        with super().optim_context(model), autocast(dtype=torch.bfloat16):
+            yield
+
+
+def keep_in_float32(model: nn.Module) -> None:
+    """Have mmcv's operators, RoI extractors and losses see float32 under autocast.
+
+    Args:
+        model (nn.Module): Its modules of these kinds get a hook, once, that casts what
+            they are called with. It does nothing to float32.
+    """
+    for module in model.modules():
+        place = f'{type(module).__module__}.'
+        if any(part in place for part in _FLOAT32_PARTS):
+            if _to_float32 not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(_to_float32, with_kwargs=True)
+
+
+def _to_float32(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def cast(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+
+    return tree_map_only(torch.Tensor, cast, (args, kwargs))
+
+
+def choose_dtype(requested: str) -> str:
+    """Choose the data type of ``--amp``.
+
+    Args:
+        requested (str): ``'bfloat16'``, ``'float16'``, or ``'auto'``: bfloat16 where
+            the device computes in it, else float16.
+
+    Returns:
+        str: ``'bfloat16'`` or ``'float16'``.
+
+    Raises:
+        AmpError: If the device has no autocast in that data type.
+    """
+    device = get_device()
+    if device == 'mps':
+        raise AmpError(f'--amp works on GPUs and CPUs, and the device is {device}.')
+    if device == 'cpu':
+        if requested == 'float16':
+            raise AmpError(
+                '--amp float16 needs a GPU, and the device is cpu. Give --amp or '
+                '--amp bfloat16.'
+            )
+        return 'bfloat16'
+    # torch emulates bfloat16 on older GPUs, slower than float32
+    has_bfloat16 = device != 'cuda' or torch.cuda.is_bf16_supported(
+        including_emulation=False
+    )
+    if requested == 'bfloat16' and not has_bfloat16:
+        raise AmpError(
+            f'--amp bfloat16: {torch.cuda.get_device_name()} does not compute in it. '
+            'Give --amp or --amp float16.'
+        )
+    if requested == 'auto':
+        return 'bfloat16' if has_bfloat16 else 'float16'
+    return requested
+
+
+def train_with_amp(cfg: Config, requested: str) -> None:
+    """Make a config train in mixed precision.
+
+    Args:
+        cfg (Config): Its ``optim_wrapper`` is changed in place.
+        requested (str): As for :func:`choose_dtype`.
+
+    Raises:
+        AmpError: As :func:`choose_dtype`, and for an optimizer wrapper of another type,
+            which would be replaced.
+    """
+    wrapper = cfg.get('optim_wrapper') or {}
+    kinds = ('OptimWrapper', 'AmpOptimWrapper', 'BFloat16OptimWrapper')
+    kind = type_name(wrapper) or kinds[0]
+    if kind not in kinds or 'optimizer' not in wrapper:
+        raise AmpError(
+            f'--amp puts another optim_wrapper in the place of {kinds[0]}, and the '
+            f'config has {kind if wrapper else "none"}. Choose the precision in '
+            'optim_wrapper, without --amp.'
+        )
+    if choose_dtype(requested) == 'bfloat16':
+        for key in ('loss_scale', 'dtype', 'use_fsdp'):
+            wrapper.pop(key, None)
+        wrapper['type'] = 'mmrest.optim.amp.BFloat16OptimWrapper'
+    else:
+        wrapper.update(type='AmpOptimWrapper', dtype='float16')
+        wrapper.setdefault('loss_scale', 'dynamic')
+
+
+def test_with_amp(cfg: Config, requested: str) -> None:
+    """Make a config test in mixed precision, through ``fp16`` of MMEngine's loops.
+
+    Args:
+        cfg (Config): Its ``test_cfg`` is changed in place.
+        requested (str): As for :func:`choose_dtype`. The process computes in it
+            wherever autocast is entered without a data type.
+
+    Raises:
+        AmpError: As :func:`choose_dtype`.
+    """
+    dtype = getattr(torch, choose_dtype(requested))
+    torch.set_autocast_dtype(get_device(), dtype)
+    cfg.test_cfg['fp16'] = True

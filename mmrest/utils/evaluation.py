@@ -1,0 +1,134 @@
+"""What the options of ``tools/test.py`` change in a config."""
+
+import os
+import os.path as osp
+from typing import Optional
+
+from mmengine.config import Config, ConfigDict
+from mmengine.runner import Runner
+
+from ..launch import LaunchError
+from .config_types import find_toolbox, type_name
+
+# How each toolbox's hook is told to draw and where to (None: by the visualizer).
+DRAWING: dict[str, tuple[dict, Optional[str]]] = {
+    'DetVisualizationHook': (dict(draw=True), 'test_out_dir'),
+    'SegVisualizationHook': (dict(draw=True, interval=1), None),
+    'VisualizationHook': (dict(enable=True, interval=1), 'out_dir'),
+}
+
+
+class EvaluationRunner(Runner):
+    """A Runner that tests alone.
+
+    MMEngine's builds the training loop, with its data, when it is asked for its
+    iteration, and mmseg's hook asks when it draws.
+    """
+
+    iter = epoch = 0  # type: ignore[assignment]
+
+
+def draw_predictions(
+    cfg: Config,
+    show: bool = False,
+    show_dir: Optional[str] = None,
+    wait_time: float = 2,
+) -> None:
+    """Have the visualization hook of a config draw every prediction.
+
+    Args:
+        cfg (Config): Changed in place.
+        show (bool): Whether windows are opened. Default: False.
+        show_dir (str, optional): Folder in ``WORK_DIR/TIME`` for the images.
+        wait_time (float): Seconds that an image is shown. Default: 2.
+
+    Raises:
+        LaunchError: If the config has no such hook.
+    """
+    hook = cfg.get('default_hooks', {}).get('visualization') or {}
+    if type_name(hook) not in DRAWING:
+        raise LaunchError(
+            '--show and --show-dir need default_hooks.visualization to be one of '
+            f'{", ".join(DRAWING)}; found {type_name(hook) or None}.'
+        )
+    options, folder = DRAWING[type_name(hook)]
+    hook.update(options, show=show, wait_time=wait_time)
+    if show_dir and folder:
+        hook[folder] = show_dir
+    elif show_dir:
+        # The backend writes below WORK_DIR/TIME/vis_data.
+        for backend in _local_backends(cfg):
+            backend['img_save_dir'] = osp.join(osp.pardir, show_dir)
+
+
+def _local_backends(cfg: Config) -> list:
+    """The visualizer's backends that write files; one is added if there is none."""
+    backends = list(cfg.visualizer.get('vis_backends') or [])
+    local = [b for b in backends if type_name(b) == 'LocalVisBackend']
+    if not local:
+        local = [ConfigDict(type='LocalVisBackend')]
+        backends += local
+    cfg.visualizer.vis_backends = backends
+    return local
+
+
+def augment_images(cfg: Config) -> None:
+    """Have the model see each image in the forms that ``tta_pipeline`` makes of it.
+
+    Args:
+        cfg (Config): Changed in place: ``tta_model`` wraps ``model``.
+
+    Raises:
+        LaunchError: If the config lacks a field for it, or the model's predictions
+            cannot be merged.
+    """
+    missing = [name for name in ('tta_model', 'tta_pipeline') if not cfg.get(name)]
+    if missing:
+        raise LaunchError(f'--tta needs {" and ".join(missing)} in the config.')
+    has_masks = (cfg.model.get('roi_head') or {}).get('mask_head')
+    if type_name(cfg.tta_model) == 'DetTTAModel' and has_masks:
+        raise LaunchError(
+            "--tta: mmdet's DetTTAModel merges boxes only and refuses a detector with "
+            'a mask head. Test without --tta.'
+        )
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    dataset.pipeline = cfg.tta_pipeline
+
+
+def write_predictions(cfg: Config, path: str) -> None:
+    """Have the evaluation write all predictions.
+
+    Args:
+        cfg (Config): ``test_evaluator`` becomes a list and is changed in place.
+        path (str): ``NAME.pkl``; ``NAME.json`` for the result format of COCO; for a
+            segmentor a folder for its label images.
+
+    Raises:
+        LaunchError: If the evaluator cannot write such a file.
+    """
+    metrics = cfg.test_evaluator
+    metrics = list(metrics) if isinstance(metrics, (list, tuple)) else [metrics]
+    cfg.test_evaluator = metrics
+    if path.endswith(('.pkl', '.pickle')):
+        detector = find_toolbox(cfg) == 'mmdet'  # whose masks go out as RLE
+        kind = 'mmdet.DumpDetResults' if detector else 'DumpResults'
+        metrics.append(ConfigDict(type=kind, out_file_path=path))
+        return
+    kinds = {type_name(metric): metric for metric in metrics}
+    if 'IoUMetric' in kinds and not osp.splitext(path)[1]:
+        if osp.isdir(path) and os.listdir(path):
+            raise LaunchError(
+                f'--out {path}: the folder is not empty, and its files might be '
+                'overwritten. Give a new one.'
+            )
+        kinds['IoUMetric']['output_dir'] = path
+    elif 'CocoMetric' in kinds and path.endswith('.json'):
+        kinds['CocoMetric']['outfile_prefix'] = path[: -len('.json')]
+    else:
+        raise LaunchError(
+            f'--out {path}: give a name that ends in .pkl, or in .json where the '
+            'evaluator is CocoMetric, or a folder where it is IoUMetric.'
+        )
