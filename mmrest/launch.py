@@ -268,12 +268,14 @@ def choose_start(cfg: Config, resume: Optional[str]) -> str:
     return latest.warning
 
 
-def check_start(runner: Any, cfg: Config) -> None:
+def check_start(runner: Any, cfg: Config, exact: Optional[bool] = None) -> None:
     """Refuse a checkpoint of which MMEngine would load less than is meant.
 
     Args:
-        runner (Runner | FlexibleRunner): Before ``train()``.
+        runner (Runner | FlexibleRunner): Before ``train()`` or ``test()``.
         cfg (Config): The config that it was built from.
+        exact (bool, optional): Whether the checkpoint must fit the whole model, as for
+            a test. Default: None, which is for a training: if it is resumed.
 
     Raises:
         CheckpointError: If the checkpoint does not fit the model, or the processes
@@ -284,10 +286,12 @@ def check_start(runner: Any, cfg: Config) -> None:
     if not start:
         return
     model = runner.model
-    if not isinstance(model, nn.Module):  # FlexibleRunner builds it in train()
+    if not isinstance(model, nn.Module):  # FlexibleRunner builds it later
         with fork_rng():
             model = MODELS.build(copy.deepcopy(model))
-    check_load_from(model, start, exact=bool(cfg.get('resume')), hooks=runner.hooks)
+    if exact is None:
+        exact = bool(cfg.get('resume'))
+    check_load_from(model, start, exact=exact, hooks=runner.hooks)
 
 
 def check_before_run(cfg: Config, args: argparse.Namespace, stage: str) -> list:

@@ -8,7 +8,6 @@ import argparse
 import sys
 
 from mmrest import launch
-from mmrest.checkpoint import check_load_from
 from mmrest.optim.amp import test_with_amp
 from mmrest.utils.evaluation import EvaluationRunner
 from mmrest.utils.results import compare, expected
@@ -29,10 +28,10 @@ def main() -> int:
         figures = expected(cfg, args.config)
         cfg.load_from, cfg.resume = args.checkpoint, False
         report = launch.check_before_run(cfg, args, 'test')
-        if args.amp:
-            test_with_amp(cfg, args.amp)
         runner = launch.build_runner(cfg, report, EvaluationRunner)
-        check_load_from(runner.model, cfg.load_from, hooks=runner.hooks)
+        launch.check_start(runner, cfg, exact=True)
+        if args.amp:
+            test_with_amp(runner.model, args.amp)
         agree, text = compare(runner.test(), figures)
     print(text)
     status = 0 if agree else 1

@@ -3,7 +3,6 @@
 import argparse
 
 from mmrest import launch
-from mmrest.checkpoint import check_load_from
 from mmrest.optim.amp import test_with_amp
 from mmrest.utils.evaluation import (
     EvaluationRunner,
@@ -52,10 +51,10 @@ def main() -> None:
             augment_images(cfg)
         if args.out:
             write_predictions(cfg, args.out)
-        if args.amp:
-            test_with_amp(cfg, args.amp)
         runner = launch.build_runner(cfg, report, EvaluationRunner)
-        check_load_from(runner.model, cfg.load_from, hooks=runner.hooks)
+        launch.check_start(runner, cfg, exact=True)
+        if args.amp:
+            test_with_amp(runner.model, args.amp)
         runner.test()
         launch.end_process_group()
 

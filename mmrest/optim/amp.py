@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from mmengine.config import Config
@@ -15,9 +16,11 @@ from torch.utils._pytree import tree_map_only
 from ..utils.config_types import type_name
 
 DTYPES = ('bfloat16', 'float16')
-# Modules that compute in float32: mmcv's operators have no bfloat16, and neither the
+# Modules that see float32 alone: mmcv's operators have no bfloat16, and neither the
 # coordinates of RoIs nor losses fit into its 8 bits of precision.
-_FLOAT32_PARTS = ('mmcv.ops.', '.roi_extractors.', '.losses.')
+_INPUTS_IN_FLOAT32 = ('mmcv.ops.', '.roi_extractors.', '.losses.')
+# Modules of which mmdet takes the data type for anchors, boxes and scores.
+_OUTPUTS_IN_FLOAT32 = ('_heads.', '.heads.')
 
 
 class AmpError(ValueError):
@@ -49,24 +52,45 @@ class BFloat16OptimWrapper(OptimWrapper):
 
 
 def keep_in_float32(model: nn.Module) -> None:
-    """Have mmcv's operators, RoI extractors and losses see float32 under autocast.
+    """Have boxes, losses and mmcv's operators computed in float32 under autocast.
 
     Args:
-        model (nn.Module): Its modules of these kinds get a hook, once, that casts what
-            they are called with. It does nothing to float32.
+        model (nn.Module): mmcv's operators, RoI extractors and losses get hooks that
+            cast what they are called with, heads one that casts what they return.
+            Nothing happens to float32, nor when called again.
     """
     for module in model.modules():
-        place = f'{type(module).__module__}.'
-        if any(part in place for part in _FLOAT32_PARTS):
-            if _to_float32 not in module._forward_pre_hooks.values():
-                module.register_forward_pre_hook(_to_float32, with_kwargs=True)
+        if _to_float32 in module._forward_pre_hooks.values():
+            continue
+        places = ' '.join(f'{kind.__module__}.' for kind in type(module).__mro__)
+        if any(place in places for place in _INPUTS_IN_FLOAT32):
+            module.register_forward_pre_hook(_to_float32, with_kwargs=True)
+            module.register_forward_hook(_leave_float32, always_call=True)
+        elif any(place in places for place in _OUTPUTS_IN_FLOAT32):
+            module.register_forward_hook(_output_to_float32)
+
+
+def _cast(values: Any) -> Any:
+    return tree_map_only(
+        torch.Tensor,
+        lambda x: x.float() if x.dtype == torch.bfloat16 else x,
+        values,
+    )
 
 
 def _to_float32(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    def cast(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+    context = torch.autocast(get_device(), enabled=False)
+    context.__enter__()
+    module.__dict__.setdefault('_float32_contexts', []).append(context)
+    return _cast((args, kwargs))
 
-    return tree_map_only(torch.Tensor, cast, (args, kwargs))
+
+def _leave_float32(module: nn.Module, args: tuple, output: Any) -> None:
+    module.__dict__['_float32_contexts'].pop().__exit__(None, None, None)
+
+
+def _output_to_float32(module: nn.Module, args: tuple, output: Any) -> Any:
+    return _cast(output)
 
 
 def choose_dtype(requested: str) -> str:
@@ -135,17 +159,24 @@ def train_with_amp(cfg: Config, requested: str) -> None:
         wrapper.setdefault('loss_scale', 'dynamic')
 
 
-def test_with_amp(cfg: Config, requested: str) -> None:
-    """Make a config test in mixed precision, through ``fp16`` of MMEngine's loops.
+def test_with_amp(model: nn.Module, requested: str) -> None:
+    """Make the test steps of a model run in mixed precision.
 
     Args:
-        cfg (Config): Its ``test_cfg`` is changed in place.
-        requested (str): As for :func:`choose_dtype`. The process computes in it
-            wherever autocast is entered without a data type.
+        model (nn.Module): The Runner's model, wrapped or not.
+        requested (str): As for :func:`choose_dtype`.
 
     Raises:
-        AmpError: As :func:`choose_dtype`.
+        AmpError: As :func:`choose_dtype`, and for a model that is not built yet.
     """
+    if not isinstance(model, nn.Module):
+        raise AmpError('--amp does not test with runner_type, which builds the model.')
     dtype = getattr(torch, choose_dtype(requested))
-    torch.set_autocast_dtype(get_device(), dtype)
-    cfg.test_cfg['fp16'] = True
+    keep_in_float32(model)
+    test_step = model.test_step
+
+    def autocast_step(*args: Any, **kwargs: Any) -> Any:
+        with autocast(dtype=dtype):
+            return test_step(*args, **kwargs)
+
+    model.test_step = autocast_step

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from dirty_files import BOX, HEIGHT, REFUSED, USED, WIDTH, encode, rgb
 
-from mmrest.datasets.preflight import PreflightError, check_config
 from mmrest.datasets import ImageSizeError
+from mmrest.datasets.preflight import PreflightError, check_config
 
 # Said of an image that is converted when it is loaded.
 NOTES = {

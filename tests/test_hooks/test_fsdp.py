@@ -4,8 +4,8 @@ import torch.distributed as dist
 from preempt_runs import in_process
 from rest_runs import ARCH, Regressor
 
-from mmrest.strategies.fsdp import BlockFSDPStrategy, rest_block_wrap_policy
 from mmrest.models.layers import Block
+from mmrest.strategies.fsdp import BlockFSDPStrategy, rest_block_wrap_policy
 
 
 def test_policy_asks_for_blocks_alone():
