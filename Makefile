@@ -1,7 +1,7 @@
 # Each target makes the environment first, if it is missing or out of date.
 #
 #   make demo            make demo DATA=/path/to/coco-format-folder
-#   make test            make test ARGS='-m "not slow" -k checkpoint'
+#   make test-fast       make test ARGS='-k checkpoint' WORKERS=4
 #   make env STACK=onedl make env ENV=/big/disk/env PYTHON=python3.11
 
 STACK ?= openmmlab
@@ -10,24 +10,30 @@ DATA ?=
 WORK_DIR ?= work_dirs/demo
 ARGS ?=
 HOURS ?= 0.1
+WORKERS ?= 2
 
 # Some systems have a variable ENV of their own: only the one given to make counts.
 ifneq ($(origin ENV),command line)
 ENV := .venv-$(STACK)
 endif
 BIN = $(ENV)/bin
+# One thread a worker; all tests of a file share its fixtures.
+PYTEST = OMP_NUM_THREADS=1 '$(BIN)/python' -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint bench soak
+.PHONY: help env demo test test-fast test-oldest lint docs bench soak
 
 help:
-	@echo 'make env    set up the environment   STACK=openmmlab|onedl ENV=folder PYTHON=python3.11'
-	@echo '            (TORCH, TORCH_INDEX, MMCV_FIND_LINKS, ...: see tools/make_env.sh)'
-	@echo 'make demo   train, evaluate and draw a ResT detector   DATA=coco-folder WORK_DIR=folder'
-	@echo 'make test   run the tests            ARGS=options-of-pytest'
-	@echo 'make lint   ruff and codespell'
-	@echo 'make bench  measure the backbone     ARGS=options-of-the-benchmark'
-	@echo 'make soak   train, kill and resume in a loop, and count the damage   HOURS=0.1'
+	@echo 'make env          set up the environment   STACK=openmmlab|onedl ENV=folder PYTHON=python3.11'
+	@echo '                  (TORCH, TORCH_INDEX, MMCV_FIND_LINKS, ...: see tools/make_env.sh)'
+	@echo 'make demo         train, evaluate and draw a ResT detector   DATA=coco-folder WORK_DIR=folder'
+	@echo 'make test         all tests                WORKERS=processes ARGS=options-of-pytest'
+	@echo 'make test-fast    the tests that are not marked slow'
+	@echo 'make test-oldest  the tests of the backbone with the oldest torch that is promised'
+	@echo 'make lint         ruff, codespell, mypy'
+	@echo 'make docs         build the documentation into site/'
+	@echo 'make bench        measure the backbone     ARGS=options-of-the-benchmark'
+	@echo 'make soak         train, kill and resume in a loop, and count the damage   HOURS=0.1'
 
 env:
 	@PYTHON='$(PYTHON)' bash tools/make_env.sh '$(STACK)' '$(ENV)'
@@ -36,12 +42,24 @@ demo: env
 	'$(BIN)/python' projects/demo/run.py --work-dir '$(WORK_DIR)' $(if $(DATA),--data '$(DATA)')
 
 test: env
-	'$(BIN)/python' -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-fast: env
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+test-oldest:
+	@PYTHON='$(PYTHON)' bash tools/test_oldest_torch.sh $(ARGS)
 
 lint: env
 	'$(BIN)/ruff' check .
 	'$(BIN)/ruff' format --check .
 	'$(BIN)/codespell' .
+	'$(BIN)/mypy'
+
+docs: env
+	'$(BIN)/python' -m mkdocs --version >/dev/null 2>&1 || \
+	  '$(BIN)/python' -m pip install -q -r requirements/docs.txt -c requirements/tested.txt
+	'$(BIN)/python' -m mkdocs build --strict
 
 bench: env
 	'$(BIN)/python' tools/analysis_tools/benchmark.py $(ARGS)

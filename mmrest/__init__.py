@@ -1,34 +1,35 @@
 """ResT, the efficient multi-scale vision Transformer, for OpenMMLab.
 
-Importing the package registers ``ResT`` in MMEngine's root registry.
+Importing the package registers its classes with MMEngine, makes ``mmrest::`` known as
+a scope of configs, and lets PyTorch's safe loading read MMEngine's own checkpoints.
+It changes nothing else in the process.
 """
 
 import sys
 
 from .version import __version__
 
-# `python -m mmrest.doctor` must run where the imports below fail. While the package
-# of a `-m` module is imported, Python 3.9 shows no more than the `-m`.
-_for_doctor = 'mmrest.doctor' in getattr(sys, 'orig_argv', sys.argv) or (
-    not hasattr(sys, 'orig_argv') and sys.argv[:1] == ['-m']
-)
-
 __all__ = ['__version__']
 
-if not _for_doctor:
+# `python -m mmrest.doctor` must run where the imports below fail. Python 3.9 shows no
+# more than the `-m` at this point.
+_argv = getattr(sys, 'orig_argv', None)
+if 'mmrest.doctor' not in (_argv or ()) and (_argv or sys.argv[:1] != ['-m']):
     try:
-        from . import datasets, hooks  # noqa: F401  registers hooks and steps
-        from .checkpoint import allow_mmengine_checkpoints, read_addresses_safely
-        from .config import register_config_scope
+        from mmengine.config.utils import MODULE2PACKAGE
+
+        from . import datasets, hooks
+        from .checkpoint import allow_mmengine_checkpoints
         from .models import ResT
-    # ImportError: missing; AssertionError: a version gate; ValueError: numpy's ABI
+    # ImportError: missing; AssertionError: a version gate; ValueError: NumPy's ABI
     except (ImportError, AssertionError, ValueError) as error:
         raise ImportError(
             f'mmrest cannot be imported: {error}. It needs torch, mmengine and mmcv, '
             'in versions that fit one another; `python -m mmrest.doctor` says what is '
             'installed and how to mend it.'
         ) from error
-    register_config_scope()
+    # MMEngine looks for `.mim/configs` next to this module. Given the distribution
+    # `mmrest`, it would look in site-packages, where an editable install has none.
+    MODULE2PACKAGE['mmrest'] = 'mmrest.config'
     allow_mmengine_checkpoints()
-    read_addresses_safely()
-    __all__ += ['ResT']
+    __all__ += ['ResT', 'datasets', 'hooks']

@@ -1,49 +1,48 @@
-"""Makes ``mmrest::`` a scope of MMEngine's configs.
+"""The configs of this package: ``mmrest::`` names, and whole configs as one file.
 
-With it ``_base_ = 'mmrest::mask_rcnn/rest_base_fpn_1x.py'`` works in any project.
-MMEngine resolves only the scopes of the projects it knows by name, hence the two
-additions of :func:`register_config_scope`. A config may be read long before anything
-imports ``mmrest``, so ``mmrest-config-scope.pth``, which is installed beside the
-package, has the interpreter call :func:`find_spec` of this file when MMEngine's
-config module is about to be imported. For that reason this file imports nothing but
-the standard library and is loaded without its package.
+``_base_ = 'mmrest::mask_rcnn/rest_base_fpn_1x.py'`` is resolved by MMEngine itself
+wherever mmrest is imported before the config is read. For a program that does not
+import it, write the whole inherited config into a file of its own::
+
+    python -m mmrest.config mask_rcnn/rest_base_fpn_1x --output my_base.py
 """
 
-import importlib
-import importlib.machinery
+import argparse
+import sys
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Optional, Union
+
+from mmengine.config import Config
 
 SCOPE = 'mmrest'
-CONFIG_MODULE = 'mmengine.config.config'
 
 
 def config_root() -> Path:
-    """Returns the folder that the ``mmrest::`` names are relative to.
-
-    An installed package carries the configs in ``.mim`` (where MIM looks for them);
-    in a source tree they stand beside the package.
+    """Return the folder that ``mmrest::`` names are relative to.
 
     Raises:
-        FileNotFoundError: If neither folder exists.
+        FileNotFoundError: If the installed package has no configs.
     """
-    package = Path(__file__).resolve().parent
-    candidates = (package / '.mim' / 'configs', package.parent / 'configs')
-    for folder in candidates:
-        if folder.is_dir():
-            return folder
-    raise FileNotFoundError(
-        f'the configs of mmrest are neither in {candidates[0]} nor in '
-        f'{candidates[1]}; reinstall mmrest'
-    )
+    folder = Path(__file__).resolve().parent / '.mim' / 'configs'
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f'the configs of mmrest are not in {folder}; reinstall mmrest'
+        )
+    return folder.resolve()
 
 
 def find_config(name: str) -> str:
-    """Returns the path of a config of this package.
+    """Find a config of this package.
 
     Args:
-        name: The config's path below ``configs/``, with or without the leading
-            ``mmrest::``, e.g. ``'mmrest::mask_rcnn/rest_base_fpn_1x.py'``.
+        name (str): The config's path below ``configs/``, with or without the leading
+            ``mmrest::`` and the ending ``.py``, e.g.
+            ``'mmrest::mask_rcnn/rest_base_fpn_1x.py'``.
+
+    Returns:
+        str: The path of the file.
 
     Raises:
         FileNotFoundError: If there is no such config; names the closest ones.
@@ -51,9 +50,9 @@ def find_config(name: str) -> str:
     prefix = f'{SCOPE}::'
     relative = name[len(prefix) :] if name.startswith(prefix) else name
     root = config_root()
-    path = root / relative
-    if path.is_file():
-        return str(path)
+    for path in (root / relative, root / f'{relative}.py'):
+        if path.is_file():
+            return str(path)
     known = [file.relative_to(root).as_posix() for file in root.rglob('*.py')]
     close = get_close_matches(relative, known, n=3) or sorted(known)
     raise FileNotFoundError(
@@ -62,54 +61,53 @@ def find_config(name: str) -> str:
     )
 
 
-def register_config_scope() -> None:
-    """Adds the scope to MMEngine, once; imports ``mmengine.config``."""
-    _extend(importlib.import_module(CONFIG_MODULE))
-
-
-def find_spec(path):
-    """Finds MMEngine's config module so that the scope is added once it is loaded.
-
-    Called by ``mmrest-config-scope.pth`` for that one module.
+def write_config(name: str, output: Union[str, Path]) -> Path:
+    """Write a config of this package, with all that it inherits, into one file.
 
     Args:
-        path: The search path that the import system hands to a finder.
+        name (str): As for :func:`find_config`.
+        output (str | Path): The file to write.
 
     Returns:
-        The module's usual spec with a loader that also adds the scope; None where
-        MMEngine cannot be found, which leaves the error to the import system.
+        Path: The file.
+
+    Raises:
+        FileNotFoundError: If there is no such config, or no folder for the file.
+        FileExistsError: If the file exists.
+        ValueError: If the file's name does not end in ``.py``.
     """
-    spec = importlib.machinery.PathFinder.find_spec(CONFIG_MODULE, path)
-    if spec is not None and spec.loader is not None:
-        load = spec.loader.exec_module
+    source = find_config(name)
+    text = Config.fromfile(source, import_custom_modules=False).pretty_text
+    path = Path(output)
+    if path.suffix != '.py':
+        raise ValueError(f'{output}: the file is Python code; let its name end in .py')
+    title = Path(source).relative_to(config_root()).as_posix()
+    with path.open('x', encoding='utf-8') as file:
+        file.write(f'# {SCOPE}::{title} with everything that it inherits\n{text}')
+    return path
 
-        def exec_module(module):
-            load(module)
-            _extend(module)
 
-        spec.loader.exec_module = exec_module
-    return spec
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run ``python -m mmrest.config``; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog='python -m mmrest.config',
+        description='Write a config of mmrest, with all that it inherits, as one file.',
+    )
+    parser.add_argument('config', help='e.g. mask_rcnn/rest_base_fpn_1x')
+    parser.add_argument('--output', required=True, help='the file; must not exist')
+    args = parser.parse_args(argv)
+    try:
+        path = write_config(args.config, args.output)
+    except FileExistsError:
+        error = f'{args.output} exists and is left as it is; give another --output'
+    except (OSError, ValueError) as failure:
+        error = str(failure)
+    else:
+        print(f'{path}: mmrest::{args.config} as one file')
+        return 0
+    print(error, file=sys.stderr)
+    return 1
 
 
-def _extend(module) -> None:
-    """Adds the scope to the already loaded module ``mmengine.config.config``."""
-    utils = importlib.import_module('mmengine.config.utils')
-    # For what looks the scope up in MMEngine's table (mmengine.hub, registries).
-    utils.MODULE2PACKAGE.setdefault(SCOPE, SCOPE)
-
-    config = module.Config
-    resolve = config._get_cfg_path
-    if getattr(resolve, 'knows_mmrest', False):
-        return
-
-    # MMEngine's own way to the file fails for editable installs and for setuptools
-    # without pkg_resources. It would also tag what it read with the registry scope
-    # `mmrest`; a base of ours is to mean the same as one read by its path, so it
-    # keeps to the `default_scope` that it sets (mmdet, mmseg or mmpretrain).
-    def get_cfg_path(cfg_path, filename):
-        if cfg_path.startswith(f'{SCOPE}::'):
-            return find_config(cfg_path), None
-        return resolve(cfg_path, filename)
-
-    get_cfg_path.knows_mmrest = True
-    config._get_cfg_path = staticmethod(get_cfg_path)
+if __name__ == '__main__':
+    sys.exit(main())

@@ -4,6 +4,7 @@ import functools
 import http.server
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 TESTS = Path(__file__).resolve().parent
 REPO = TESTS.parent
@@ -21,11 +23,16 @@ sys.path[:0] = [str(TESTS), str(TESTS / 'test_ops')]
 
 from tool_process import command_of, environment_of, free_port  # noqa: E402
 
+# the same examples in every run, and no limit of time on a busy machine
+settings.register_profile('mmrest', derandomize=True, deadline=None)
+settings.load_profile('mmrest')
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    torch.manual_seed(0)
+    random.seed(0)
     np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope='session')

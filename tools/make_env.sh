@@ -40,6 +40,12 @@ check_stack() {
   esac
   requirements=$here/requirements/$stack.txt
   versions="3.${supported%% *} to 3.${supported##* }"
+  case ${TORCH:-2.4} in
+    1.* | 2.[0-3] | 2.[0-3].*)
+      die "TORCH=$TORCH is too old: mmrest needs torch 2.4" \
+        'Leave TORCH unset for the tested version, or give 2.4 or later.'
+      ;;
+  esac
   if [ -n "${TORCH:-}" ] && [ -z "${TORCHVISION:-}" ]; then
     die "TORCH=$TORCH is set, TORCHVISION is not" \
       'Give both; torch 2.N belongs to torchvision 0.(N+15).'
@@ -201,10 +207,9 @@ from importlib.metadata import version
 
 for name in ('torch', 'torchvision'):
     print(f'{name}==={version(name)}')
-if tuple(map(int, version('torch').split('.')[:2])) < (2, 3):
-    print('numpy<2')
 PYTHON
-  grep -E '^(onedl-)?mmengine==' "$requirements" >>"$env/constraints.txt"
+  grep -E '^(numpy|opencv-python|(onedl-)?mmengine)[=<>]' "$requirements" \
+    >>"$env/constraints.txt"
   grep -v '^#' "$here/requirements/build.txt" >>"$env/constraints.txt"
   [ -n "${TORCH:-}" ] || grep -v '^#' "$here/requirements/tested.txt" \
     >>"$env/constraints.txt" || true
@@ -305,8 +310,8 @@ fingerprint() {
     cd "$here"
     echo "$stack $env $here ${TORCH:-} ${TORCHVISION:-} ${TORCH_INDEX:-}" \
       "${MMCV_FIND_LINKS:-} ${MMCV_CUDA:-}"
-    cksum requirements/*.txt setup.py pyproject.toml mmrest-config-scope.pth \
-      mmrest/version.py tools/make_env.sh
+    cksum requirements/*.txt setup.py pyproject.toml mmrest/version.py \
+      tools/make_env.sh
   )
 }
 

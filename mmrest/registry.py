@@ -1,0 +1,78 @@
+"""What the scope ``mmrest`` means to MMEngine's registries.
+
+MMEngine marks what a config inherits from ``mmrest::`` with ``_scope_='mmrest'``, and
+imports this module when it builds such a part. The configs of mmrest are configs of
+mmdet, mmseg or mmpretrain. So a name is looked up in the toolbox that the config's
+``default_scope`` names.
+"""
+
+from typing import Optional
+
+from mmengine import registry as mmengine_registry
+from mmengine.registry import DefaultScope, Registry
+
+SCOPE = 'mmrest'
+
+
+class ToolboxRegistry(Registry):
+    """Hands each name on to the registry of the toolbox that is in use."""
+
+    def get(self, key: str) -> Optional[type]:
+        """Find a class.
+
+        Args:
+            key (str): Its name, with or without a scope.
+
+        Returns:
+            type | None: None if no registry has the name.
+
+        Raises:
+            KeyError: If no default scope is set, nothing that is being built around
+                this part belongs to one toolbox alone, and several toolboxes have
+                different classes of this name.
+        """
+        scope, name = self.split_scope_key(key)
+        if scope not in (None, SCOPE) or '.' in name:
+            return super().get(key)
+        toolbox = _toolbox_in_use()
+        if toolbox is not None:
+            with self.root.switch_scope_and_registry(toolbox) as registry:
+                return registry.get(name)
+        return self._get_from_any(name)
+
+    def _get_from_any(self, name: str) -> Optional[type]:
+        classes = {}
+        for scope, child in list(self.root.children.items()):
+            if child is not self:
+                child.import_from_location()
+                if name in child.module_dict:
+                    classes[scope] = child.module_dict[name]
+        if len(set(classes.values())) > 1:
+            raise KeyError(
+                f'{name} is in {" and in ".join(classes)}. Say which is meant, e.g. '
+                f"mmengine.registry.init_default_scope('{next(iter(classes))}')."
+            )
+        if not classes:
+            return super().get(name)
+        toolbox, found = next(iter(classes.items()))
+        # a MaskRCNN is mmdet's, so what it is built of is looked up in mmdet
+        current = DefaultScope.get_current_instance()
+        if len(classes) == 1 and current is not None:
+            current.toolbox = toolbox
+        return found
+
+
+def _toolbox_in_use() -> Optional[str]:
+    """The default scope below the ``mmrest`` that MMEngine set for a moment."""
+    for scope in reversed(list(DefaultScope._instance_dict.values())):
+        if scope.scope_name != SCOPE:
+            return scope.scope_name
+        if hasattr(scope, 'toolbox'):
+            return scope.toolbox
+    return None
+
+
+for _root in vars(mmengine_registry).values():
+    if isinstance(_root, Registry) and _root.parent is None:
+        # without a location MMEngine would look for mmrest.utils.register_all_modules
+        ToolboxRegistry(_root.name, parent=_root, scope=SCOPE, locations=[SCOPE])
