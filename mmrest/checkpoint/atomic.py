@@ -9,13 +9,15 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Optional, Union
+from typing import Callable, Optional, Union
 
 from mmengine.dist import all_gather_object, is_main_process
 
-from .errors import CheckpointError
+from .reading import CheckpointError
+
+PathLike = Union[str, os.PathLike]
 
 # what a killed process leaves behind ends in this
 UNFINISHED = '.mmrest-unfinished'
@@ -30,7 +32,29 @@ class CheckpointWriteError(CheckpointError):
     """A checkpoint could not be written; what was there before is whole."""
 
 
-def write_whole(path: Union[str, os.PathLike], content: bytes) -> None:
+@contextlib.contextmanager
+def atomic_path(path: PathLike) -> Iterator[str]:
+    """Write a file or folder whole or not at all, from one process.
+
+    Args:
+        path (str | Path): The file or folder; one that exists is replaced.
+
+    Yields:
+        str: The name to write under. When the block is left, what is there gets the
+        name ``path``; after an exception it is removed.
+
+    Raises:
+        OSError: If it cannot be brought to the disk.
+    """
+    try:
+        yield _beside(path)
+        put_in_place(path)
+    except BaseException:
+        _remove_quietly(_beside(path))
+        raise
+
+
+def atomic_write(path: PathLike, content: bytes) -> None:
     """Write a file whole or not at all.
 
     Args:
@@ -43,16 +67,11 @@ def write_whole(path: Union[str, os.PathLike], content: bytes) -> None:
     """
     with _described(path):
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        try:
-            with open(f'{path}{UNFINISHED}', 'wb') as file:
-                file.write(content)
-            put_in_place(path)
-        except BaseException:
-            _remove_quietly(f'{path}{UNFINISHED}')
-            raise
+        with atomic_path(path) as beside:
+            Path(beside).write_bytes(content)
 
 
-def save_whole(path: str, save: Callable[[str], None]) -> None:
+def atomic_save(path: str, save: Callable[[str], None]) -> None:
     """Let a function write a file or folder, whole or not at all.
 
     All processes of a distributed run call it together. It returns on all of them
@@ -67,20 +86,19 @@ def save_whole(path: str, save: Callable[[str], None]) -> None:
         CheckpointWriteError: If a process could not write, on every process. An
             older file or folder is untouched.
     """
-    beside = f'{path}{UNFINISHED}'
-    problem = _attempt(path, lambda: save(beside))
-    problem = _any_of_all(problem)  # from here on all have written
+    problem = _attempt(path, lambda: save(_beside(path)))
+    problem = _first_of_all(problem)  # from here on all have written
     if problem is None:
         if is_main_process():
             problem = _attempt(path, lambda: put_in_place(path))
-        problem = _any_of_all(problem)
+        problem = _first_of_all(problem)
     if problem is not None:
         if is_main_process():
-            _remove_quietly(beside)
+            _remove_quietly(_beside(path))
         raise CheckpointWriteError(problem)
 
 
-def put_in_place(path: Union[str, os.PathLike]) -> None:
+def put_in_place(path: PathLike) -> None:
     """Give what was written beside ``path`` its name, once it is on the disk.
 
     Args:
@@ -89,20 +107,17 @@ def put_in_place(path: Union[str, os.PathLike]) -> None:
     Raises:
         OSError: If that fails.
     """
-    beside = f'{path}{UNFINISHED}'
-    is_folder = os.path.isdir(beside)
-    parts = Path(beside).rglob('*') if is_folder else [Path(beside)]
-    for part in parts:
+    beside = Path(_beside(path))
+    is_folder = beside.is_dir()
+    for part in [*beside.rglob('*'), beside] if is_folder else [beside]:
         _sync(part)
-    if is_folder:
-        _sync(Path(beside))
-        if os.path.isdir(path):  # a folder replaces an empty one only
-            shutil.rmtree(path)
+    if is_folder and os.path.isdir(path):  # a folder replaces an empty one only
+        shutil.rmtree(path)
     os.replace(beside, path)
     _sync(Path(path).absolute().parent)
 
 
-def remove_unfinished(folder: Union[str, os.PathLike]) -> list[str]:
+def remove_unfinished(folder: PathLike) -> list[str]:
     """Remove what processes that were killed while writing have left in a folder.
 
     Args:
@@ -118,6 +133,10 @@ def remove_unfinished(folder: Union[str, os.PathLike]) -> list[str]:
     for name in names:
         _remove_quietly(os.path.join(folder, name))
     return names
+
+
+def _beside(path: PathLike) -> str:
+    return f'{os.fspath(path)}{UNFINISHED}'
 
 
 def _sync(path: Path) -> None:
@@ -153,13 +172,13 @@ def _attempt(path: str, action: Callable[[], None]) -> Optional[str]:
     return None
 
 
-def _any_of_all(problem: Optional[str]) -> Optional[str]:
+def _first_of_all(problem: Optional[str]) -> Optional[str]:
     """The first problem of any process. Every process waits for the others."""
     return next((p for p in all_gather_object(problem) if p is not None), None)
 
 
 @contextlib.contextmanager
-def _described(path: Union[str, os.PathLike]) -> Iterator[None]:
+def _described(path: PathLike) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -170,7 +189,7 @@ def _described(path: Union[str, os.PathLike]) -> Iterator[None]:
         raise CheckpointWriteError(_describe(path, error)) from error
 
 
-def _describe(path: Union[str, os.PathLike], error: Exception) -> str:
+def _describe(path: PathLike, error: Exception) -> str:
     code = getattr(error, 'errno', None)
     reason = os.strerror(code) if code else str(error)
     folder = os.path.dirname(os.path.abspath(path))
@@ -193,3 +212,7 @@ def _describe(path: Union[str, os.PathLike], error: Exception) -> str:
         f'whole, and nothing of this one is left. {advice}; then continue with '
         '--resume.'
     )
+
+
+# until mmrest.hooks has followed
+write_whole, save_whole = atomic_write, atomic_save

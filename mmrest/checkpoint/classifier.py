@@ -5,16 +5,19 @@ or under ``model``. MMPretrain's model has the first part under ``backbone.`` an
 linear layer as ``head.fc``, and MMEngine reads ``state_dict`` alone.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-from torch import Tensor
+from torch import Tensor, nn
 
-from .errors import CheckpointError
+from .loading import adapt, compare, describe_defects, tensors_of
+from .reading import CheckpointError
 from .state_dict import find_state_dict, shared_prefix
 
 HEAD = ('head.weight', 'head.bias')
+_PARTS = ('backbone.', 'neck.', 'head.', 'data_preprocessor.')
 
 
 def to_image_classifier(checkpoint: Any) -> dict[str, Tensor]:
@@ -39,6 +42,65 @@ def to_image_classifier(checkpoint: Any) -> dict[str, Tensor]:
         name.replace('head.', 'head.fc.') if name in HEAD else f'backbone.{name}': value
         for name, value in tensors.items()
     }
+
+
+def load_published_classifier(
+    backbone: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
+) -> None:
+    """Rename a published classifier that ``ImageClassifier`` is about to load.
+
+    For the method ``_checkpoint_filter`` of a backbone, which MMPretrain's
+    ``ImageClassifier`` calls before it loads, be it for ``init_cfg``, ``pretrained``
+    or ``get_model``. It changes the state dict in place.
+
+    Args:
+        backbone (nn.Module): The classifier's.
+        state_dict (dict[str, Any]): What is loaded, a published file as it is or a
+            state dict of ``ImageClassifier``.
+        prefix (str): What the names of the classifier begin with.
+        allow_missing (Sequence[str]): As in :func:`load_pretrained`.
+        allow_unexpected (Sequence[str]): As in :func:`load_pretrained`.
+
+    Raises:
+        CheckpointError: If nothing of it would be loaded, or the backbone does not
+            fit. MMEngine would warn and leave random weights.
+    """
+    own = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+    renamed = to_image_classifier(own)
+    if renamed:
+        for name in own:
+            del state_dict[prefix + name]
+        state_dict.update({prefix + name: value for name, value in renamed.items()})
+        own = renamed
+    elif own and not prefix and not any(name.startswith(_PARTS) for name in own):
+        raise CheckpointError(
+            'the checkpoint holds nothing that ImageClassifier would load: no name '
+            f'begins with {", ".join(_PARTS)}, and it is no published ImageNet file. '
+            'If it is of the backbone alone, name it in the init_cfg of the backbone.'
+        )
+    part = {
+        name.partition('.')[2]: value
+        for name, value in own.items()
+        if name.startswith('backbone.') and isinstance(value, Tensor)
+    }
+    found = compare(
+        adapt(backbone, part), tensors_of(backbone), allow_missing, allow_unexpected
+    )
+    if renamed:
+        problems = [*found.problems, *describe_defects(found.fitting)]
+    else:  # MMEngine and torch report a part that is missing, which may be meant
+        problems = found.problems if found.reshaped else []
+    if problems:
+        raise CheckpointError(
+            f'the checkpoint does not fit the backbone {type(backbone).__name__}. '
+            + ' '.join(problems)
+            + ' If most shapes or many numbered blocks differ, it belongs to another '
+            '`arch`.'
+        )
 
 
 @HOOKS.register_module()

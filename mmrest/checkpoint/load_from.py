@@ -1,13 +1,15 @@
-"""Will mmengine's ``load_from`` or ``resume`` do what is meant?
+"""Will MMEngine load what is meant?
 
-mmengine unwraps ``state_dict`` alone, and what does not fit leads to a warning.
-A checkpoint under ``model`` therefore loads nothing, and training or testing
-goes on with random weights. The tools call this check before a run starts.
+MMEngine unwraps ``state_dict`` alone, and what does not fit leads to a warning.
+A checkpoint under ``model`` therefore loads nothing, and training or testing goes on
+with random weights. The tools check ``load_from`` and ``resume`` before a run starts,
+and a backbone what the ``init_cfg`` of a module around it loads.
 """
 
 import logging
-import re
+import os
 from collections.abc import Mapping, Sequence
+from typing import Any, Optional, Union
 
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
@@ -17,28 +19,38 @@ from torch import Tensor, nn
 
 from ..utils.text import shorten
 from .classifier import PublishedClassifierHook
-from .errors import CheckpointError, RefusedError
-from .loading import COUNTER, adapt, compare, describe_defects
-from .reading import Source, read_checkpoint
-from .safe_globals import mmengine_globals_allowed
+from .loading import COUNTER, adapt, compare, describe_defects, tensors_of
+from .reading import CheckpointError, RefusedError, Source, read_checkpoint
+from .resume import Latest, on_first_process
+from .state_dict import as_mmengine_reads
 
 # of a detector whose backbone comes from a classifier
 NEW_IN_BACKBONE = ('backbone.norm1', 'backbone.norm2', 'backbone.norm3')
+
+_BACKBONE_ADVICE = (
+    "name it in the config: model.backbone.init_cfg=dict(type='Pretrained', "
+    'checkpoint=...). A detector of detectron2 must be converted first, see '
+    'tools/model_converters.'
+)
 
 
 @deprecated_api_warning({'may_be_new': 'allow_missing'})
 def check_load_from(
     model: nn.Module,
-    source: Source,
+    source: Union[Source, Latest],
     exact: bool = True,
     allow_missing: Sequence[str] = NEW_IN_BACKBONE,
     hooks: Sequence[Hook] = (),
 ) -> None:
-    """Check a checkpoint that mmengine's Runner is about to load.
+    """Check a checkpoint that MMEngine's Runner is about to load.
+
+    All processes of a distributed run call it together. The first one reads a file,
+    and all raise alike.
 
     Args:
         model (nn.Module): The Runner's model, wrapped or not.
-        source (str | Path): What ``load_from`` or ``resume`` names.
+        source (str | Path | Latest): What ``load_from`` or ``resume`` names, or what
+            :func:`choose_checkpoint` returned, which is not read again.
         exact (bool): True for testing and resuming: names and shapes must be
             those of the model. False for fine-tuning: heads may differ, which
             is logged, but ``backbone`` must fit. Default: True.
@@ -48,72 +60,128 @@ def check_load_from(
             ``PublishedClassifierHook`` changes what is read. Default: ().
 
     Raises:
-        CheckpointError: If the file cannot be read safely, or mmengine would
+        CheckpointError: If the file cannot be read safely, or MMEngine would
             load nothing or less than is meant.
     """
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
-    try:
-        checkpoint = read_checkpoint(source)
-    except RefusedError as error:
-        # as mmengine does there, the run goes on; it is no worse than without us
-        if not mmengine_globals_allowed() and error.name.startswith('mmengine.'):
+    target = tensors_of(model)  # of a sharded model this takes all processes
+
+    def check() -> None:
+        if isinstance(source, Latest):
+            tensors, defects = source.state_dict, source.defects
+            if tensors is not None:  # a folder or an address is believed
+                _judge(model, target, source.path, tensors, defects=defects)
+            return
+        try:
+            checkpoint = read_checkpoint(source)
+        except RefusedError as error:
+            if not error.is_for_newer_torch:
+                raise
+            # as MMEngine does there, the run goes on; it is no worse than without us
             print_log(f'Not checked: {error}', logger='current', level=logging.WARNING)
             return
-        raise
-    for hook in hooks:
-        if isinstance(hook, PublishedClassifierHook) and isinstance(checkpoint, dict):
-            hook.after_load_checkpoint(None, checkpoint)
-    tensors = adapt(model, _as_mmengine_reads(checkpoint, source))
-    target = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
-    fitting, problems = compare(tensors, target)
-    if not fitting:
-        raise CheckpointError(_nothing_fits(checkpoint, tensors, target, source))
-    defects = describe_defects(fitting)
-    if not exact:
-        if problems:
+        for hook in hooks:
+            if isinstance(hook, PublishedClassifierHook) and isinstance(
+                checkpoint, dict
+            ):
+                hook.after_load_checkpoint(None, checkpoint)
+        tensors = as_mmengine_reads(checkpoint, source)
+        wrapper = next((k for k in ('model', 'state_dict_ema') if k in checkpoint), '')
+        new = None if exact else allow_missing
+        _judge(model, target, source, tensors, new, wrapper)
+
+    if not isinstance(source, Latest) and '://' in os.fspath(source):
+        check()  # to download it takes all processes
+    else:
+        on_first_process(check)
+
+
+def _judge(
+    model: nn.Module,
+    target: dict[str, Tensor],
+    source: Source,
+    tensors: dict[str, Tensor],
+    new_in_backbone: Optional[Sequence[str]] = None,
+    wrapper: str = '',
+    defects: Sequence[str] = (),
+) -> None:
+    tensors = adapt(model, tensors)
+    found = compare(tensors, target)
+    if not found.fitting:
+        raise CheckpointError(_nothing_fits(tensors, target, source, wrapper))
+    defects = [*defects, *describe_defects(found.fitting)]
+    what = type(model).__name__
+    if new_in_backbone is not None:
+        what = f'the backbone of {what}'
+        if found.problems:
             print_log(
-                f'{source} fits in part: {len(fitting)} tensors of {len(target)}. '
-                + ' '.join(problems),
+                f'{source} fits in part: {len(found.fitting)} tensors of '
+                f'{len(target)}. ' + ' '.join(found.problems),
                 logger='current',
                 level=logging.WARNING,
             )
-        _, problems = compare(
-            _backbone(tensors), _backbone(target), allow_missing=allow_missing
-        )
-    if problems or defects:
-        what = (
-            type(model).__name__ if exact else f'the backbone of {type(model).__name__}'
-        )
+        found = compare(_backbone(tensors), _backbone(target), new_in_backbone)
+    if found.problems or defects:
         raise CheckpointError(
             f'{source} does not fit {what}. '
-            + ' '.join([*problems, *defects])
+            + ' '.join([*found.problems, *defects])
             + ' Use the config that the checkpoint was trained with.'
         )
 
 
-def _as_mmengine_reads(checkpoint: object, source: Source) -> dict:
-    if not isinstance(checkpoint, Mapping):
-        raise CheckpointError(
-            f'{source} holds a {type(checkpoint).__name__}, not a dict of tensors'
-        )
-    state = checkpoint.get('state_dict', checkpoint)
-    if not isinstance(state, Mapping):
-        raise CheckpointError(
-            f'state_dict in {source} is a {type(state).__name__}, not a dict of tensors'
-        )
-    return {
-        re.sub(r'^module\.', '', str(name)): tensor
-        for name, tensor in state.items()
-        if isinstance(tensor, Tensor)
+def check_parent_init(
+    backbone: nn.Module,
+    state_dict: Mapping[str, Any],
+    prefix: str,
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
+) -> None:
+    """Check what the ``init_cfg`` of a module around a backbone loads into it.
+
+    For the backbone's ``_load_from_state_dict``. It does nothing unless MMEngine is
+    initialising the model: only then does a part that is missing mean random weights.
+
+    Args:
+        backbone (nn.Module): Takes the tensors.
+        state_dict (dict[str, Any]): What is loaded.
+        prefix (str): What the names of the backbone begin with, as ``'backbone.'``.
+        allow_missing (Sequence[str]): As in :func:`load_pretrained`.
+        allow_unexpected (Sequence[str]): As in :func:`load_pretrained`.
+
+    Raises:
+        CheckpointError: If the backbone would not be loaded whole.
+    """
+    # BaseModule.init_weights gives it to all parts of the model while it lasts
+    if not hasattr(backbone, '_params_init_info'):
+        return
+    tensors = {
+        name[len(prefix) :]: value
+        for name, value in state_dict.items()
+        if name.startswith(prefix) and isinstance(value, Tensor)
     }
+    name = type(backbone).__name__
+    found = compare(
+        adapt(backbone, tensors), tensors_of(backbone), allow_missing, allow_unexpected
+    )
+    if not found.fitting:
+        raise CheckpointError(
+            f'the checkpoint that an init_cfg (or pretrained) of the model names holds '
+            f'no tensor for its {name}: none has a name below {prefix!r}. If it is an '
+            f'ImageNet file or a backbone alone, {_BACKBONE_ADVICE}'
+        )
+    problems = [*found.problems, *describe_defects(found.fitting)]
+    if problems:
+        raise CheckpointError(
+            f'the checkpoint that an init_cfg (or pretrained) of the model names does '
+            f'not fit its {name}. {" ".join(problems)}'
+        )
 
 
 def _nothing_fits(
-    checkpoint: Mapping, tensors: dict, target: dict, source: Source
+    tensors: Mapping, target: Mapping, source: Source, wrapper: str
 ) -> str:
     message = f'mmengine would load nothing from {source}: '
-    wrapper = next((k for k in ('model', 'state_dict_ema') if k in checkpoint), None)
     if not tensors and wrapper:
         message += f'the tensors are under {wrapper!r}, and it reads state_dict alone.'
     else:
@@ -122,12 +190,8 @@ def _nothing_fits(
             f'{shorten(tensors, 4)}. In the model ({len(target)}): '
             f'{shorten((n for n in target if COUNTER not in n), 4)}.'
         )
-    return message + (
-        ' To start from a pretrained backbone, name it in the config: '
-        "model.backbone.init_cfg=dict(type='Pretrained', checkpoint=...). A "
-        'detector of detectron2 must be converted first, see tools/model_converters.'
-    )
+    return f'{message} To start from a pretrained backbone, {_BACKBONE_ADVICE}'
 
 
-def _backbone(tensors: dict) -> dict:
+def _backbone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v for k, v in tensors.items() if k.startswith('backbone.')}

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from ..utils.config_types import find_type
 from ..utils.text import shorten
-from .errors import CheckpointError
-from .reading import Source, read_checkpoint
+from .reading import CheckpointError, Source, read_checkpoint
 from .state_dict import find_state_dict, prefixes_in
 
 COUNTER = 'num_batches_tracked'
@@ -131,8 +130,7 @@ def load_pretrained(
         CheckpointError: If the file cannot be read, or does not fit.
     """
     found = find_state_dict(read_checkpoint(source), source)
-    target = module.state_dict()
-    target = {k: v for k, v in target.items() if isinstance(v, Tensor)}
+    target = tensors_of(module)
     prefix = _choose_prefix(found.tensors, target, prefix, source)
     inside = {
         name[len(prefix) :]: tensor
@@ -149,7 +147,8 @@ def load_pretrained(
             'channels'
         )
         inside[first] = adapt_input_channels(inside[first], channels)
-    fitting, problems = compare(inside, target, allow_missing, allow_unexpected)
+    comparison = compare(inside, target, allow_missing, allow_unexpected)
+    fitting, problems = comparison.fitting, comparison.problems
     converted: dict[str, Tensor] = {}
     if not problems:
         converted, problems = _convert(fitting, target)
@@ -248,6 +247,11 @@ def adapt_input_channels(weight: Tensor, channels: int) -> Tensor:
     return (repeated * (before / channels)).to(weight.dtype)
 
 
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a module, without what is no tensor."""
+    return {k: v for k, v in module.state_dict().items() if isinstance(v, Tensor)}
+
+
 def adapt(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Let submodules change what they can take in another shape.
 
@@ -268,12 +272,31 @@ def adapt(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Names and shapes of a file against those of a module.
+
+    Attributes:
+        fitting (dict[str, Tensor]): The file's tensors that fit.
+        missing (list[str]): What the file lacks and must not lack.
+        unexpected (list[str]): What the module lacks and must not lack.
+        reshaped (list[str]): What has another shape.
+        problems (list[str]): One sentence for each kind of difference.
+    """
+
+    fitting: dict[str, Tensor]
+    missing: list[str]
+    unexpected: list[str]
+    reshaped: list[str]
+    problems: list[str]
+
+
 def compare(
     tensors: dict[str, Tensor],
     target: dict[str, Tensor],
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
-) -> tuple[dict[str, Tensor], list[str]]:
+) -> Comparison:
     """Compare the names and shapes of a file with those of a module.
 
     Args:
@@ -283,8 +306,7 @@ def compare(
         allow_unexpected (Sequence[str]): What the module may lack.
 
     Returns:
-        tuple[dict[str, Tensor], list[str]]: The tensors that fit, and one sentence
-        for each kind of difference.
+        Comparison: What fits, and what does not.
     """
     begun = {_parent(name) for name in tensors if not is_counter(name)}
     missing = [
@@ -300,14 +322,14 @@ def compare(
         if name not in target and not matches(name, allow_unexpected)
     ]
     shared = [name for name in target if name in tensors]
-    other = [name for name in shared if tensors[name].shape != target[name].shape]
+    reshaped = [name for name in shared if tensors[name].shape != target[name].shape]
     problems = []
-    if other:
+    if reshaped:
         items = (
             f'{name} {_shape(tensors[name])} instead of {_shape(target[name])}'
-            for name in other
+            for name in reshaped
         )
-        problems.append(f'Other shapes ({len(other)}): {shorten(items)}.')
+        problems.append(f'Other shapes ({len(reshaped)}): {shorten(items)}.')
     for what, names, values in (
         ('Missing in the file', missing, target),
         ('Not in the model', unexpected, tensors),
@@ -315,7 +337,8 @@ def compare(
         if names:
             items = (f'{name} {_shape(values[name])}' for name in names)
             problems.append(f'{what} ({len(names)}): {shorten(items)}.')
-    return {n: tensors[n] for n in shared if n not in set(other)}, problems
+    fitting = {name: tensors[name] for name in shared if name not in set(reshaped)}
+    return Comparison(fitting, missing, unexpected, reshaped, problems)
 
 
 def describe_defects(tensors: dict[str, Tensor]) -> list[str]:
@@ -323,7 +346,9 @@ def describe_defects(tensors: dict[str, Tensor]) -> list[str]:
     broken = [
         name
         for name, tensor in tensors.items()
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+        if tensor.is_floating_point()
+        and not tensor.is_meta
+        and not torch.isfinite(tensor).all()
     ]
     if not broken:
         return []

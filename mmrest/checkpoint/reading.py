@@ -1,11 +1,12 @@
-"""From a path or URL to the object that the checkpoint holds."""
+"""From a path or URL to the object that a checkpoint holds, with safe loading.
+
+In this order: the errors, reading, and what is wrong with a file that cannot be read.
+"""
 
 import os
 import re
-import threading
 import urllib.error
-from collections.abc import Iterator
-from contextlib import contextmanager
+import zipfile
 from typing import Any, Optional, Union
 from urllib.parse import urlparse
 
@@ -15,21 +16,13 @@ from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 
 from ..utils.text import shorten
-from .diagnosis import foreign_kind, why_damaged
-from .errors import CheckpointError, RefusedError
-from .safe_globals import (
-    FORCE_SAFE,
-    FORCE_UNSAFE,
-    mmengine_globals_allowed,
-    stand_ins_only,
-)
+from .safe_globals import mmengine_globals_allowed, stand_ins_only, weights_only_forced
+from .safetensors_files import is_safetensors, read_safetensors
 
 Source = Union[str, os.PathLike]
 
-_ENVIRONMENT = threading.RLock()
-
 # how the versions of torch name what they refuse
-REFUSALS = (
+_REFUSALS = (
     r'GLOBAL (\S+) was not an allowed global',
     r'unsupported GLOBAL (\S+) whose module',
     r'Unsupported class (\S+)',
@@ -38,42 +31,109 @@ REFUSALS = (
 )
 
 
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read, or does not fit.
+
+    The message says what is wrong, what was found and what to do.
+    """
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no such checkpoint, or it cannot be reached."""
+
+
+class RefusedError(CheckpointError):
+    """A checkpoint holds an object that safe loading refuses.
+
+    Args:
+        message (str): What is wrong and what to do.
+        name (str): The object, as ``'os.system'``. Default: ``''``.
+    """
+
+    def __init__(self, message: str, name: str = '') -> None:
+        super().__init__(message)
+        self.name = name
+
+    @property
+    def is_for_newer_torch(self) -> bool:
+        """Whether it is part of MMEngine's training state, and torch is too old."""
+        return not mmengine_globals_allowed() and self.name.startswith('mmengine.')
+
+
 def read_checkpoint(source: Source, map_location: Any = 'cpu') -> Any:
     """Read a checkpoint, with safe loading always on.
 
     Args:
-        source (str | Path): A file, an ``http(s)://`` address (kept in the cache
-            of ``torch.hub``), or a name that mmengine knows, as
-            ``torchvision://resnet50``.
+        source (str | Path): A file (of ``torch.save`` or safetensors), an
+            ``http(s)://`` address (kept in the cache of ``torch.hub``), or a name
+            that MMEngine knows, as ``torchvision://resnet50``.
         map_location (str | torch.device | dict | callable): As in
             ``torch.load``. Default: ``'cpu'``.
 
     Returns:
-        Any: What the file holds, usually a dict.
+        Any: What the file holds, usually a dict. A safetensors file gives
+        ``state_dict`` and ``meta``.
 
     Raises:
-        CheckpointError: If there is no such file, it is no checkpoint, it is
-            damaged, or it holds objects that safe loading refuses.
+        CheckpointNotFoundError: If there is no such file. It is also a
+            ``FileNotFoundError``.
+        CheckpointError: If it is no checkpoint, it is damaged, or it holds objects
+            that safe loading refuses.
+    """
+    path = local_file(source)
+    if path is None:
+        return _read_through_mmengine(os.fspath(source), map_location)
+    where = os.fspath(source)
+    if is_url(where):
+        where = f'{where} (kept as {path}; delete that file to download it again)'
+    return read_file(path, where, map_location)
+
+
+def local_file(source: Source) -> Optional[str]:
+    """Find the file in which a checkpoint is, and download it first if need be.
+
+    Args:
+        source (str | Path): As for :func:`read_checkpoint`.
+
+    Returns:
+        str | None: Its path, which need not exist; None if MMEngine has to read it.
+
+    Raises:
+        CheckpointError: If ``source`` is neither a path nor a URL, or cannot be
+            downloaded.
     """
     if not isinstance(source, (str, os.PathLike)) or not os.fspath(source):
         raise CheckpointError(
             f'a checkpoint is a path or a URL, but {source!r} was given'
         )
     source = os.fspath(source)
-    if re.match(r'https?://', source):
-        path = _download(source)
-        where = f'{source} (kept as {path}; delete that file to download it again)'
-    elif '://' in source:
-        return _read_through_mmengine(source, map_location)
-    else:
-        path = where = os.path.expanduser(source)
-    return read_file(path, where, map_location)
+    if is_url(source):
+        return _download(source)
+    return None if '://' in source else os.path.expanduser(source)
 
 
-def read_file(path: str, where: str, map_location: Any) -> Any:
-    """Read a file of the file system, which messages call ``where``."""
+def is_url(source: str) -> bool:
+    """Whether a source is an address of the web."""
+    return source.startswith(('http://', 'https://'))
+
+
+def read_file(path: str, where: str, map_location: Any = 'cpu') -> Any:
+    """Read a file of the file system.
+
+    Args:
+        path (str): The file.
+        where (str): What messages call it.
+        map_location (str | torch.device | dict | callable): As in
+            ``torch.load``. Default: ``'cpu'``.
+
+    Returns:
+        Any: As :func:`read_checkpoint`.
+
+    Raises:
+        CheckpointError: As :func:`read_checkpoint`.
+    """
     if os.path.isdir(path):
-        raise CheckpointError(
+        raise CheckpointNotFoundError(
             f'the checkpoint {where} is a folder; name the file in it'
             f'{_list_checkpoints(path)}'
         )
@@ -83,30 +143,37 @@ def read_file(path: str, where: str, map_location: Any) -> Any:
             found = f'its folder {folder} does not exist either'
         else:
             found = f'its folder exists{_list_checkpoints(folder)}'
-        raise CheckpointError(f'the checkpoint {where} does not exist; {found}')
+        raise CheckpointNotFoundError(f'the checkpoint {where} does not exist; {found}')
     try:
-        foreign = foreign_kind(path)
+        safetensors = is_safetensors(path)
+        foreign = None if safetensors else _foreign_kind(path)
     except OSError as error:
-        raise CheckpointError(f'{where} cannot be read: {error}') from error
+        raise CheckpointNotFoundError(f'{where} cannot be read: {error}') from error
     if foreign:
         raise CheckpointError(f'{where} is not a usable checkpoint. {foreign}')
     try:
+        if safetensors:
+            return read_safetensors(path, map_location)
         with stand_ins_only():
             return torch.load(path, map_location=map_location, weights_only=True)
+    except ImportError as error:
+        raise CheckpointError(f'{where}: {error}') from error
     except Exception as error:
         _raise_if_refused(error, where)
         raise CheckpointError(
-            f'{where} is not a usable checkpoint. {why_damaged(path, str(error))}'
+            f'{where} is not a usable checkpoint. {_why_damaged(path, str(error))}'
         ) from error
 
 
 def _list_checkpoints(folder: str) -> str:
-    names = sorted(name for name in os.listdir(folder) if name.endswith('.pth'))
+    names = sorted(
+        n for n in os.listdir(folder) if n.endswith(('.pth', '.safetensors'))
+    )
     return f', with {shorten(names)}' if names else ', without a .pth file'
 
 
 def _download(url: str) -> str:
-    """Fetch a URL into the cache of ``torch.hub``, as mmengine does."""
+    """Fetch a URL into the cache of ``torch.hub``, as MMEngine does."""
     name = os.path.basename(urlparse(url).path)
     if not name:
         raise CheckpointError(f'{url} does not end in the name of a file')
@@ -132,47 +199,33 @@ def _fetch(url: str, folder: str, path: str) -> None:
         os.makedirs(folder, exist_ok=True)
         torch.hub.download_url_to_file(url, path, progress=os.isatty(2))
     except (urllib.error.URLError, OSError) as error:
-        raise CheckpointError(
+        raise CheckpointNotFoundError(
             f'{url} could not be downloaded: {error}. Check the address and the '
             'network, or download the file by hand and name it by its path.'
         ) from error
 
 
 def _read_through_mmengine(source: str, map_location: Any) -> Any:
-    """Let mmengine find what it has a name for, with safe loading forced."""
+    """Let MMEngine find what it has a name for, with safe loading forced."""
     try:
         with stand_ins_only(), weights_only_forced():
             return CheckpointLoader.load_checkpoint(source, map_location)
-    except ImportError:  # of the backend's own library, which it names
+    # ImportError: of the backend's own library, which it names
+    except (CheckpointError, ImportError):
         raise
-    except KeyError as error:
-        raise CheckpointError(f'mmengine knows no checkpoint {source}') from error
+    except (KeyError, FileNotFoundError) as error:
+        raise CheckpointNotFoundError(
+            f'mmengine knows no checkpoint {source}'
+        ) from error
     except Exception as error:
         _raise_if_refused(error, source)
         raise CheckpointError(f'{source} could not be loaded: {error}') from error
 
 
-@contextmanager
-def weights_only_forced() -> Iterator[None]:
-    """Have every ``torch.load`` be a safe one, whatever its caller asks for.
-
-    mmengine's loader of URLs goes through ``torch.hub``, whose default is not safe.
-    """
-    # one thread at a time: another's end must not switch safety off here
-    with _ENVIRONMENT:
-        names = (FORCE_SAFE, FORCE_UNSAFE)
-        before = {name: os.environ.pop(name, None) for name in names}
-        os.environ[FORCE_SAFE] = '1'
-        try:
-            yield
-        finally:
-            del os.environ[FORCE_SAFE]
-            os.environ.update({k: v for k, v in before.items() if v is not None})
-
-
 def _raise_if_refused(error: Exception, where: str) -> None:
     """Raise a ``RefusedError`` if that is what torch's error means."""
-    name = _refused_object(str(error))
+    matches = (re.search(pattern, str(error)) for pattern in _REFUSALS)
+    name = next((match[1].strip() for match in matches if match), None)
     if name is None:
         return
     advice = (
@@ -192,9 +245,105 @@ def _raise_if_refused(error: Exception, where: str) -> None:
     ) from None
 
 
-def _refused_object(message: str) -> Optional[str]:
-    for pattern in REFUSALS:
-        match = re.search(pattern, message)
-        if match:
-            return match.group(1).strip()
+_DAMAGED_ADVICE = 'Copy or download it again and compare its size with the source.'
+_UNPACK_ADVICE = 'Unpack it and name the checkpoint inside.'
+_NAME_ADVICE = 'Name a checkpoint that torch.save wrote.'
+# first bytes, what begins so, what to do
+_KINDS = (
+    (
+        b'<',
+        'an HTML or XML page',
+        'The server answered with a page (a login, a confirmation, an error) instead '
+        'of the file. Download the file in a browser and name it by its path.',
+    ),
+    (
+        b'version https://git-lfs',
+        'a Git LFS pointer, which stands for the file',
+        'Run `git lfs pull` in the repository that it comes from.',
+    ),
+    (b'\x1f\x8b', 'a gzip archive', _UNPACK_ADVICE),
+    (b'7z\xbc\xaf', 'a 7-Zip archive', _UNPACK_ADVICE),
+    (b'Rar!', 'a RAR archive', _UNPACK_ADVICE),
+)
+
+
+def _foreign_kind(path: str) -> Optional[str]:
+    """Say what a file is, and what to do, if ``torch.load`` must not be given it.
+
+    TorchScript archives and the tar format of PyTorch before 0.4 are among these:
+    they hold code, or cannot be read safely.
+    """
+    head = _read_head(path)
+    if not head:
+        return f'The file is empty (0 bytes). {_DAMAGED_ADVICE}'
+    if not head.strip(b'\0'):
+        return (
+            f'The file begins with {len(head)} zero bytes, as after an interrupted '
+            f'copy. {_DAMAGED_ADVICE}'
+        )
+    text = head.lstrip(b'\xef\xbb\xbf \t\r\n')
+    for start, kind, advice in _KINDS:
+        if text.startswith(start):
+            return _found(path, f'It is {kind}', advice)
+    if head[257:262] == b'ustar':
+        return _found(
+            path,
+            'It is a tar archive, perhaps a checkpoint of PyTorch before 0.4',
+            'Unpack it, or load and save it again with PyTorch 1.x.',
+        )
+    if not (head.startswith(b'PK') and zipfile.is_zipfile(path)):
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name.rsplit('/', 1)[-1] for name in archive.namelist()]
+    except zipfile.BadZipFile as error:
+        return _found(path, f'It is a damaged zip archive ({error})', _DAMAGED_ADVICE)
+    if 'constants.pkl' in names:
+        return _found(
+            path,
+            'It is a TorchScript archive, which holds code',
+            'Save the state dict of the model that it was made from.',
+        )
+    if 'data.pkl' not in names:
+        return _found(path, 'It is a zip archive of other content', _UNPACK_ADVICE)
     return None
+
+
+def _why_damaged(path: str, reason: str) -> str:
+    """Say what is wrong with a file that was read in part, and what to do."""
+    head = _read_head(path)
+    is_zip, is_pickle = head.startswith(b'PK\x03\x04'), head.startswith(b'\x80')
+    if is_safetensors(path):
+        kind = f'It is a safetensors file of which a part is damaged ({reason})'
+    elif not (is_zip or is_pickle):
+        return _found(path, 'It is not a checkpoint', _NAME_ADVICE)
+    elif 'Unsupported operand' in reason:
+        return _found(
+            path,
+            'It is a pickle of another kind than torch.save writes by default, '
+            'which safe loading cannot read',
+            'Save it again with torch.save and its default pickle_protocol.',
+        )
+    elif is_zip and not zipfile.is_zipfile(path):
+        kind = (
+            'It begins as a checkpoint and lacks its end, so it was copied or '
+            'downloaded in part'
+        )
+    elif is_zip:
+        kind = 'It is a checkpoint of which a part is damaged'
+    else:
+        kind = (
+            'It begins as a pickle, so it is a checkpoint in the format of PyTorch '
+            'before 1.6 that was copied in part, or no checkpoint'
+        )
+    return _found(path, kind, _DAMAGED_ADVICE)
+
+
+def _found(path: str, kind: str, advice: str) -> str:
+    size = os.path.getsize(path)
+    return f'{kind} (first bytes {_read_head(path)[:16]!r}, {size:,} bytes). {advice}'
+
+
+def _read_head(path: str) -> bytes:
+    with open(path, 'rb') as file:
+        return file.read(512)

@@ -1,18 +1,24 @@
-"""Which checkpoint of a work folder a run continues from: the newest whole one."""
+"""Which checkpoint of a work folder a run continues from: the newest whole one.
+
+It is read once, by the first process, which tells the others.
+"""
 
 import os
 import re
 import zipfile
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional, TypeVar
 
 import torch
-from mmengine.dist import all_gather_object
+from mmengine.dist import all_gather_object, broadcast_object_list, is_main_process
+from torch import Tensor
 
 from ..utils.text import shorten
-from .errors import CheckpointError, RefusedError
-from .reading import Source, read_checkpoint
-from .safe_globals import mmengine_globals_allowed
+from .loading import describe_defects
+from .reading import CheckpointError, RefusedError, Source, read_checkpoint
+from .state_dict import as_mmengine_reads
+
+T = TypeVar('T')
 
 NAMES = ('iter_{}.pth', 'epoch_{}.pth')
 # what MMEngine needs to continue a run
@@ -28,12 +34,49 @@ class Latest(NamedTuple):
         iteration (int): How far that run was; -1 if not known.
         warning (str): Why it is not the one that ``last_checkpoint`` names; empty
             if it is.
+        state_dict (dict[str, Tensor] | None): Names and shapes of its weights, on the
+            meta device; None if it was not read in this process.
+        defects (tuple[str]): What is wrong with the values of the weights.
     """
 
     path: str
     seed: Optional[int]
     iteration: int
     warning: str = ''
+    state_dict: Optional[dict[str, Tensor]] = None
+    defects: tuple[str, ...] = ()
+
+
+def choose_checkpoint(work_dir: str, resume: Source = 'auto') -> Optional[Latest]:
+    """Choose the checkpoint to continue from, the same for all processes.
+
+    All processes of a distributed run call it together. The first one reads the file,
+    and tells the others.
+
+    Args:
+        work_dir (str): The folder of the run.
+        resume (str | Path): A path, or ``'auto'`` for what :func:`find_latest` finds.
+            Default: ``'auto'``.
+
+    Returns:
+        Latest | None: None if nothing was saved yet.
+
+    Raises:
+        CheckpointError: On all processes, if the file cannot be used or one of them
+            does not see it.
+    """
+    found: list[Optional[Latest]] = [None]
+
+    def choose() -> Optional[Latest]:
+        latest = find_latest(work_dir) if resume == 'auto' else inspect_latest(resume)
+        found[0] = latest
+        return latest._replace(state_dict=None, defects=()) if latest else None
+
+    latest = on_first_process(choose)
+    if latest is None:
+        return None
+    _check_visible(latest.path)
+    return found[0] or latest
 
 
 def find_latest(work_dir: str) -> Optional[Latest]:
@@ -104,9 +147,9 @@ def inspect_latest(path: Source) -> Latest:
     try:
         checkpoint = read_checkpoint(path)
     except RefusedError as error:
-        if mmengine_globals_allowed() or not error.name.startswith('mmengine.'):
+        if not error.is_for_newer_torch:
             raise
-        return Latest(path, None, -1)  # an older torch reads none of mmengine's
+        return Latest(path, None, -1)
     broken = _broken_part(path)
     if broken is not None:
         raise CheckpointError(f'{path} is damaged: the checksum of {broken} is wrong')
@@ -118,7 +161,65 @@ def inspect_latest(path: Source) -> Latest:
             '--cfg-options load_from=PATH.'
         )
     meta = checkpoint['meta']
-    return Latest(path, meta.get('seed'), meta['iter'])
+    tensors = as_mmengine_reads(checkpoint, path)
+    return Latest(
+        path,
+        meta.get('seed'),
+        meta['iter'],
+        state_dict={
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, device='meta')
+            for name, tensor in tensors.items()
+        },
+        defects=tuple(describe_defects(tensors)),
+    )
+
+
+def on_first_process(action: Callable[[], T]) -> T:
+    """Let the first process do something, and give its result to all.
+
+    Args:
+        action (callable): Called without arguments. Its result must be picklable.
+
+    Returns:
+        Any: What it returned.
+
+    Raises:
+        CheckpointError: On the other processes, if it raised an error on the first.
+    """
+    box: list[Any] = [None, '']
+    error: Optional[Exception] = None
+    if is_main_process():
+        try:
+            box[0] = action()
+        except Exception as raised:
+            error = raised
+            box[1] = str(raised) or type(raised).__name__
+    broadcast_object_list(box)
+    if error is not None:
+        raise error
+    if box[1]:
+        raise CheckpointError(box[1])
+    return box[0]
+
+
+def _check_visible(path: str) -> None:
+    """Make sure that every process sees the same file."""
+    size: object = None
+    if '://' in path or os.path.isdir(path):
+        size = 'not a file'
+    elif os.path.exists(path):
+        size = os.path.getsize(path)
+    sizes = all_gather_object(size)
+    if len(set(sizes)) > 1:
+        listed = (
+            f'process {rank}: {"missing" if found is None else f"{found} bytes"}'
+            for rank, found in enumerate(sizes)
+        )
+        raise CheckpointError(
+            f'the processes do not see the same checkpoint {path} ({shorten(listed)}). '
+            'They must see the same folder; wait until its file server has caught up, '
+            'or copy the file to each machine.'
+        )
 
 
 def check_agreement(path: Optional[str]) -> None:

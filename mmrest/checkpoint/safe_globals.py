@@ -1,21 +1,21 @@
-"""What ``torch.load(weights_only=True)`` needs for mmengine's own checkpoints.
+"""What ``torch.load(weights_only=True)`` needs for MMEngine's own checkpoints.
 
-A checkpoint of mmengine's Runner holds, beside tensors and plain values, the
+A checkpoint of MMEngine's Runner holds, beside tensors and plain values, the
 history of the losses: ``HistoryBuffer`` objects of numpy arrays, pickled with
 ``builtins.getattr`` for the buffers' four methods. torch refuses all of these
 unless they are allow-listed.
 
-The usual advice is to allow-list the real ones. It opens two doors: ``getattr``
-itself, and ``numpy.dtype``, with which a file can describe an array of objects
-over bytes of its own choice, so that numpy follows pointers that the file made
-up. So what is allow-listed here under those names are stand-ins that do what
-such a checkpoint needs and nothing else: numeric and text arrays from bytes,
-and the four methods.
+The usual advice is to allow-list the real ones. That is not safe: ``getattr``
+reaches any function, and with ``numpy.dtype`` a file can describe an array of
+objects over bytes of its own choice, so that numpy follows pointers that the file
+made up. So what is allow-listed here under those names are stand-ins that do what
+such a checkpoint needs and nothing else: numeric and text arrays from bytes, and
+the four methods.
 """
 
 import os
 import pickle
-import warnings
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,6 +33,8 @@ STATISTICS = ('min', 'max', 'mean', 'current')
 PLAIN_KINDS = 'biufcSU'
 BYTE_ORDERS = (('<',), ('>',), ('|',), ('=',))
 MAX_NDIM = 32
+
+_ENVIRONMENT = threading.RLock()
 
 
 class _Dtype:
@@ -220,28 +222,16 @@ def _path(item: Any) -> str:
     return f'{item.__module__}.{item.__qualname__}'
 
 
-def force_safe_loading() -> bool:
-    """Make every ``torch.load`` of this process and its children a safe one.
-
-    For programs, such as the tools of this repository: mmengine reads
-    ``http(s)://`` addresses (and ``torchvision://`` and the like) without safe
-    loading, and onedl-mmengine falls back to unsafe loading when safe loading
-    refuses a file. Sets an environment variable of torch; a setting to the
-    contrary is dropped with a warning.
-
-    Returns:
-        bool: Whether it took effect. False before torch 2.6, where mmengine's
-        own checkpoints could no longer be resumed.
-    """
-    if not allow_mmengine_checkpoints():
-        return False
-    if os.environ.pop(FORCE_UNSAFE, None):
-        warnings.warn(
-            f'{FORCE_UNSAFE} is ignored: checkpoints are loaded safely here. To load '
-            'an object of your own, allow-list it with '
-            'torch.serialization.add_safe_globals in a module that '
-            '`custom_imports` names.',
-            stacklevel=2,
-        )
-    os.environ[FORCE_SAFE] = '1'
-    return True
+@contextmanager
+def weights_only_forced() -> Iterator[None]:
+    """Have every ``torch.load`` be a safe one, whatever its caller asks for."""
+    # one thread at a time: another's end must not switch safety off here
+    with _ENVIRONMENT:
+        names = (FORCE_SAFE, FORCE_UNSAFE)
+        before = {name: os.environ.pop(name, None) for name in names}
+        os.environ[FORCE_SAFE] = '1'
+        try:
+            yield
+        finally:
+            del os.environ[FORCE_SAFE]
+            os.environ.update({k: v for k, v in before.items() if v is not None})

@@ -1,5 +1,6 @@
 """The tensors of a checkpoint, whatever they are wrapped in."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -8,8 +9,7 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 from ..utils.text import shorten
-from .errors import CheckpointError
-from .reading import Source, read_checkpoint
+from .reading import CheckpointError, Source, read_checkpoint
 
 # If several are there: the averaged weights are those that were evaluated. (In
 # mmengine's own checkpoints with EMA, `state_dict` holds the averaged ones.)
@@ -97,6 +97,34 @@ def find_state_dict(checkpoint: Any, source: Source) -> StateDict:
         raise CheckpointError(_no_tensors(checkpoint, source))
     others = {str(k): type(v).__name__ for k, v in content.items() if not _is_tensor(v)}
     return StateDict(tensors, '.'.join(path), others)
+
+
+def as_mmengine_reads(checkpoint: Any, source: Source) -> dict[str, Tensor]:
+    """Find the tensors that MMEngine loads: those under ``state_dict``, or bare.
+
+    Args:
+        checkpoint (Any): What :func:`read_checkpoint` returned.
+        source (str | Path): Where it came from, for messages.
+
+    Returns:
+        dict[str, Tensor]: The tensors by name, without the prefix ``module.``.
+
+    Raises:
+        CheckpointError: If it holds something else.
+    """
+    state = checkpoint
+    if isinstance(checkpoint, Mapping):
+        state = checkpoint.get('state_dict', checkpoint)
+    if not isinstance(state, Mapping):
+        where = source if state is checkpoint else f'state_dict in {source}'
+        raise CheckpointError(
+            f'{where} is a {type(state).__name__}, not a dict of tensors'
+        )
+    return {
+        re.sub(r'^module\.', '', str(name)): tensor
+        for name, tensor in state.items()
+        if isinstance(tensor, Tensor)
+    }
 
 
 def shared_prefix(names: Any, known: tuple[str, ...] = PREFIXES) -> str:

@@ -1,73 +1,69 @@
-"""What mmengine's own loader reads from elsewhere, it reads safely.
+"""Safe loading of whatever a process reads, MMEngine's own loaders included.
 
-``load_from``, ``init_cfg`` and the inferencers read through mmengine's
-``CheckpointLoader``. For ``http(s)://`` addresses and the names of model zoos it
-goes through ``torch.hub``, whose default is to run what a pickle asks for, and
-onedl-mmengine does so for every file that safe loading refused. mmengine lets a
-scheme's loader be replaced; this is done here, when ``mmrest`` is imported.
+MMEngine reads ``http(s)://`` addresses and the names of model zoos through
+``torch.hub``, whose default is to run what a pickle asks for. OneDL's MMEngine does so
+for every file that safe loading refused. The tools of this repository forbid it.
 """
 
-import functools
 import os
-from typing import Any, Callable
+import warnings
+from typing import Any
 
 from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as mmengine_checkpoint
 
-from .reading import read_checkpoint, read_file, weights_only_forced
-from .safe_globals import mmengine_globals_allowed, stand_ins_only
-
-ADDRESSES = ('http://', 'https://')
-# Names of model zoos and other storage, and mmengine's functions that know them.
-NAMES = (
-    (('modelzoo://', 'torchvision://'), 'load_from_torchvision'),
-    (('open-mmlab://', 'openmmlab://'), 'load_from_openmmlab'),
-    ('mmcls://', 'load_from_mmcls'),
-    ('pavi://', 'load_from_pavi'),
-    ((r'(\S+\:)?s3://', r'(\S+\:)?petrel://'), 'load_from_ceph'),
+from .reading import is_url, read_checkpoint, read_file
+from .safe_globals import (
+    ALLOWED,
+    FORCE_SAFE,
+    FORCE_UNSAFE,
+    allow_mmengine_checkpoints,
 )
 
+# local files, and addresses of the web
+_SCHEMES = ('', 'http://', 'https://')
 
-def read_addresses_safely() -> bool:
-    """Have mmengine's ``CheckpointLoader`` read addresses safely.
 
-    It can be called any number of times. Local files are read safely by mmengine
-    itself (by PyTorch's default), and after this call by onedl-mmengine too.
+def force_safe_loading() -> bool:
+    """Make every reading of a checkpoint in this process and its children a safe one.
+
+    For programs, such as the tools of this repository; importing ``mmrest`` does none
+    of it. Two things are changed, until the process ends:
+
+    - An environment variable of torch makes every ``torch.load`` a safe one, whatever
+      its caller asks for. A setting to the contrary is dropped with a warning.
+    - MMEngine's loaders of files and of ``http(s)://`` addresses become
+      :func:`read_checkpoint`. So ``load_from`` reads safetensors, and errors say what
+      is wrong with a file.
+
+    It can be called any number of times.
 
     Returns:
-        bool: Whether it was done. False before torch 2.6, where the checkpoints
-        that mmengine's Runner writes could no longer be read.
+        bool: Whether it took effect. False before torch 2.6, where MMEngine's own
+        checkpoints could no longer be resumed.
     """
-    if not mmengine_globals_allowed():
+    if not allow_mmengine_checkpoints():
         return False
-    register = CheckpointLoader.register_scheme
-    register(prefixes=ADDRESSES, loader=load_from_http, force=True)
-    for prefixes, name in NAMES:
-        loader = getattr(mmengine_checkpoint, name, None)
-        if loader is not None:
-            register(prefixes=prefixes, loader=_safely(loader), force=True)
-    if hasattr(mmengine_checkpoint, 'get_torch_safe_globals'):  # onedl-mmengine
-        register(prefixes='', loader=load_from_local, force=True)
+    if os.environ.pop(FORCE_UNSAFE, None):
+        warnings.warn(
+            f'{FORCE_UNSAFE} is ignored: checkpoints are loaded safely here. To load '
+            'an object of your own, allow-list it with '
+            'torch.serialization.add_safe_globals in a module that '
+            '`custom_imports` names.',
+            stacklevel=2,
+        )
+    os.environ[FORCE_SAFE] = '1'
+    CheckpointLoader.register_scheme(
+        prefixes=_SCHEMES, loader=load_from_safe_reader, force=True
+    )
+    if hasattr(mmengine_checkpoint, 'get_torch_safe_globals'):
+        # OneDL's MMEngine allow-lists the real objects while it reads
+        mmengine_checkpoint.get_torch_safe_globals = lambda: list(ALLOWED)
     return True
 
 
-def load_from_http(filename: str, map_location: Any = None) -> Any:
-    """Read an address; mmengine logs the name of this function."""
-    return read_checkpoint(filename, map_location)
-
-
-def load_from_local(filename: str, map_location: Any = None) -> Any:
-    """Read a file; mmengine logs the name of this function."""
+def load_from_safe_reader(filename: str, map_location: Any = None) -> Any:
+    """Read a file or address; MMEngine logs the name of this function."""
+    if is_url(filename):
+        return read_checkpoint(filename, map_location)
     return read_file(os.path.expanduser(filename), filename, map_location)
-
-
-def _safely(loader: Callable) -> Callable:
-    if hasattr(loader, '__wrapped__'):
-        return loader
-
-    @functools.wraps(loader)
-    def load(filename: str, map_location: Any = None) -> Any:
-        with stand_ins_only(), weights_only_forced():
-            return loader(filename, map_location)
-
-    return load

@@ -183,7 +183,7 @@ def test_first_start_and_config_without_resume(tmp_path, run):
 def test_processes_that_see_different_files(monkeypatch):
     check_agreement('a.pth')
     monkeypatch.setattr(
-        'mmrest.checkpoint.latest.all_gather_object', lambda path: [path, 'b.pth']
+        'mmrest.checkpoint.resume.all_gather_object', lambda path: [path, 'b.pth']
     )
     with pytest.raises(CheckpointError, match=r'process 0: a\.pth, process 1: b\.pth'):
         check_agreement('a.pth')

@@ -36,7 +36,7 @@ def published(width=4, depth=2, prefix=''):
     return {prefix + k: v for k, v in {**state, 'head.weight': torch.ones(2)}.items()}
 
 
-RULES = {'may_be_new': ('norm1',), 'may_be_unused': ('head',)}
+RULES = {'allow_missing': ('norm1',), 'allow_unexpected': ('head',)}
 
 
 def snapshot(module):
@@ -54,8 +54,8 @@ def test_report(save):
     path = save({'model': state})
     report = load_pretrained(net, path, **RULES)
     assert report.source == path and report.wrapper == 'model' and report.prefix == ''
-    assert report.new == ('norm1.weight', 'norm1.bias')
-    assert report.unused == ('head.weight',)
+    assert report.missing_keys == ('norm1.weight', 'norm1.bias')
+    assert report.unexpected_keys == ('head.weight',)
     assert report.other_parts == report.counters == () and report.cast == {}
     assert set(report.loaded) == set(state) - {'head.weight'}
     for name, value in net.state_dict().items():
@@ -82,8 +82,8 @@ def test_one_line_is_logged(save):
     assert line.getMessage() == str(report)
     for part in (
         f'Loaded 13 tensors from {path} (under state_dict, names without module.back',
-        'New, initialised and not loaded: 2 (norm1)',
-        'In the file and unused: 1 (head)',
+        'Not in the file, initialised instead: 2 (norm1)',
+        'In the file and not used: 1 (head)',
         'Of other parts of the model in the file: 1 (module)',
     ):
         assert part in line.getMessage()

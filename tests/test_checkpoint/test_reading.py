@@ -18,9 +18,8 @@ import pytest
 import torch
 
 from mmrest.checkpoint import CheckpointError, read_checkpoint, read_state_dict
-from mmrest.checkpoint.errors import RefusedError
-from mmrest.checkpoint.reading import weights_only_forced
-from mmrest.checkpoint.safe_globals import FORCE_SAFE, FORCE_UNSAFE
+from mmrest.checkpoint.reading import RefusedError
+from mmrest.checkpoint.safe_globals import FORCE_SAFE, FORCE_UNSAFE, weights_only_forced
 
 
 def saved(content, **kwargs):

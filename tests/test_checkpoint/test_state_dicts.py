@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmrest.checkpoint import CheckpointError, read_state_dict
-from mmrest.checkpoint.state_dicts import (
+from mmrest.checkpoint.state_dict import (
     PREFIXES,
     find_state_dict,
     prefixes_in,

@@ -1,0 +1,88 @@
+"""Checkpoints in the format of safetensors, by its library, which is optional.
+
+The format holds tensors and text alone. What a checkpoint has under ``meta`` is kept
+as JSON in the text.
+"""
+
+import json
+import os
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_META = 'mmrest_meta'
+
+
+def is_safetensors(path: str) -> bool:
+    """Whether a file is of this format, by its first bytes."""
+    with open(path, 'rb') as file:
+        head = file.read(9)
+    # the length of a JSON header, and the header
+    length = int.from_bytes(head[:8], 'little')
+    return head[8:] == b'{' and length <= os.path.getsize(path) - 8
+
+
+def read_safetensors(path: str, map_location: Any = 'cpu') -> dict[str, dict]:
+    """Read a file.
+
+    Args:
+        path (str): The file.
+        map_location (str | torch.device | dict | callable): The device; a dict or
+            callable, of which only ``torch.load`` makes use, means the CPU.
+            Default: ``'cpu'``.
+
+    Returns:
+        dict[str, dict]: The tensors under ``state_dict``, and ``meta``, empty if
+        the file was not written by :func:`safetensors_bytes`.
+
+    Raises:
+        ImportError: If safetensors is not installed.
+    """
+    named = isinstance(map_location, (str, torch.device))
+    device = str(map_location) if named else 'cpu'
+    with _library().safe_open(path, framework='pt', device=device) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        meta = json.loads((file.metadata() or {}).get(_META, '{}'))
+    return dict(state_dict=tensors, meta=meta)
+
+
+def safetensors_bytes(
+    state_dict: dict[str, torch.Tensor], meta: dict[str, Any]
+) -> tuple[bytes, list[str]]:
+    """Make the content of a file.
+
+    Args:
+        state_dict (dict[str, Tensor]): The tensors.
+        meta (dict[str, Any]): What else is known of them.
+
+    Returns:
+        tuple[bytes, list[str]]: The content, and the names of what was left out of
+        ``meta`` because it is nothing that JSON knows.
+
+    Raises:
+        ImportError: If safetensors is not installed.
+    """
+    _library()
+    from safetensors.torch import save
+
+    kept, left_out = {}, []
+    for key, value in meta.items():
+        try:
+            kept[key] = json.loads(json.dumps(value))
+        except (TypeError, ValueError):
+            left_out.append(str(key))
+    # a copy of each: the format refuses tensors that share their memory
+    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in state_dict.items()}
+    return save(tensors, {'format': 'pt', _META: json.dumps(kept)}), left_out
+
+
+def _library() -> ModuleType:
+    try:
+        import safetensors
+    except ImportError as error:
+        raise ImportError(
+            'files of this format need the package safetensors, which is not '
+            'installed: pip install safetensors'
+        ) from error
+    return safetensors
