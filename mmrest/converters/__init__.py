@@ -1,7 +1,7 @@
 """Published ResT detectors as mmdet models, and back.
 
 ====================  ====================================================
-``layout.py``         names and shapes of a detector in both worlds
+``layout.py``         names and shapes of a detector, under both names
 ``detectron2.py``     state dict to state dict, both ways
 ``files.py``          checkpoint files around them, written whole or not
 ``cli.py``            what the tools in ``tools/model_converters`` share

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from typing import Callable
+from typing import Any, Callable
 
 from mmrest.checkpoint import CheckpointError
 
@@ -26,22 +26,20 @@ def parser(description: str) -> argparse.ArgumentParser:
     return result
 
 
-def mapping_lines(conversion: Conversion, forth: bool) -> list[str]:
+def mapping_lines(conversion: Conversion, to_mmdet: bool) -> list[str]:
     """Write one line for each tensor: from, to, shape, and what is done to it.
 
     Args:
-        conversion (Conversion): the result of either direction.
-        forth (bool): whether the direction is to mmdet.
+        conversion (Conversion): The result of either direction.
+        to_mmdet (bool): Whether the direction is to mmdet.
     """
     lines = []
     for entry in conversion.entries:
         names = (entry.detectron2, entry.mmdet)
-        source, target = names if forth else names[::-1]
-        note = ''
-        if entry.anchor_order:
-            note = '  (anchors reordered)'
+        source, target = names if to_mmdet else names[::-1]
+        note = '  (anchors reordered)' if entry.anchor_order else ''
         if entry.detectron2 in conversion.added:
-            note = '  (not in the source, 0)' if forth else '  (left out again)'
+            note = '  (not in the source, 0)' if to_mmdet else '  (left out again)'
         lines.append(f'{source} -> {target}  {tuple(entry.shape)}{note}')
     for name in conversion.constants:
         lines.append(f'{name}: no weight, kept in the meta of the mmdet checkpoint')
@@ -50,18 +48,18 @@ def mapping_lines(conversion: Conversion, forth: bool) -> list[str]:
 
 def run(
     args: argparse.Namespace,
-    convert: Callable[[], 'tuple[Conversion, dict]'],
-    forth: bool,
+    convert: Callable[[], tuple[Conversion, dict[str, Any]]],
+    to_mmdet: bool,
 ) -> int:
     """Convert and write, or print the mapping; report errors in one message.
 
     Args:
-        args (Namespace): of :func:`parser`.
-        convert (callable): returns the conversion and the checkpoint to save.
-        forth (bool): whether the direction is to mmdet.
+        args (Namespace): Of :func:`parser`.
+        convert (callable): Returns the conversion and the checkpoint to save.
+        to_mmdet (bool): Whether the direction is to mmdet.
 
     Returns:
-        int: exit status, 0 or 1.
+        int: Exit status, 0 or 1.
     """
     try:
         if not args.dry_run:
@@ -70,7 +68,7 @@ def run(
             check_destination(args.dst, args.src, args.force)
         conversion, checkpoint = convert()
         if args.dry_run:
-            print('\n'.join(mapping_lines(conversion, forth)))
+            print('\n'.join(mapping_lines(conversion, to_mmdet)))
         else:
             save(checkpoint, args.dst)
     except (CheckpointError, ConversionError, OSError) as error:
@@ -79,6 +77,6 @@ def run(
     count = len(conversion.state_dict)
     done = 'would be written' if args.dry_run else f'written to {args.dst}'
     print(f'{conversion.detector}: {count} tensors {done}')
-    if forth:
+    if to_mmdet:
         print(f'config: configs/{checkpoint["meta"]["config"]}')
     return 0

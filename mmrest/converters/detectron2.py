@@ -1,4 +1,4 @@
-"""Published (detectron2) ResT detectors to mmdet's native modules and back.
+"""Published (detectron2) ResT detectors to mmdet's own modules and back.
 
 Both directions are pure functions from one dict of tensors to another; files
 are the business of :mod:`mmrest.converters.files`.
@@ -13,23 +13,30 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from mmrest.models.arch import ARCHS
+from mmrest.checkpoint.loading import compare, describe_defects, is_counter
+from mmrest.utils.text import shorten
 
 from .layout import (
+    ARCHS,
     BACKBONE_PREFIX,
-    KINDS,
-    RETINA_RATIOS,
-    RETINA_SCALES,
+    RETINA_ANCHORS,
     Detector,
     Entry,
     constants,
     entries,
-    swap_anchor_order,
 )
 
-# detectron2's frozen batch norm has no counter, hence files without it.
-OPTIONAL_SUFFIX = '.num_batches_tracked'
-MAX_LISTED = 20
+# the weight of the classification layer of each kind
+_CLASSIFIERS = {
+    'detectron2': {
+        'mask_rcnn': 'roi_heads.box_predictor.cls_score.weight',
+        'retinanet': 'head.cls_score.weight',
+    },
+    'mmdet': {
+        'mask_rcnn': 'roi_head.bbox_head.fc_cls.weight',
+        'retinanet': 'bbox_head.retina_cls.weight',
+    },
+}
 
 
 class ConversionError(ValueError):
@@ -41,13 +48,13 @@ class Conversion:
     """Result of a conversion.
 
     Attributes:
-        detector (Detector): what was recognised.
-        state_dict (dict[str, Tensor]): the converted tensors.
-        entries (list[Entry]): the mapping that was applied.
-        added (list[str]): detectron2 names of batch norm counters that the
-            source lacks; they are 0 in ``state_dict``.
-        constants (dict[str, Tensor]): stored tensors that are no weights, by
-            their detectron2 names.
+        detector (Detector): What was recognised.
+        state_dict (dict[str, Tensor]): The converted tensors.
+        entries (list[Entry]): The mapping that was applied.
+        added (list[str]): detectron2 names of BatchNorm counters that the source
+            lacks; they are 0 in ``state_dict``.
+        constants (dict[str, Tensor]): Stored tensors that are no weights, by their
+            detectron2 names.
     """
 
     detector: Detector
@@ -57,24 +64,101 @@ class Conversion:
     constants: dict[str, Tensor] = field(default_factory=dict)
 
 
-def _listing(lines: Iterable[str]) -> str:
-    lines = list(lines)
-    shown = [f'  {line}' for line in lines[:MAX_LISTED]]
-    if len(lines) > MAX_LISTED:
-        shown.append(f'  ... and {len(lines) - MAX_LISTED} more')
-    return '\n'.join(shown)
+def recognise(state_dict: Mapping[str, Tensor], form: str = 'detectron2') -> Detector:
+    """Tell detector, backbone and class count from names and shapes.
 
+    Args:
+        state_dict (dict[str, Tensor]): Tensors by name.
+        form (str): Whose names they are, ``'detectron2'`` or ``'mmdet'``.
+            Default: ``'detectron2'``.
 
-def _kind(state_dict: Mapping[str, Tensor], signs: Mapping[str, str]) -> str:
-    """Name the detector whose sign, a typical key, the state dict holds."""
-    found = [kind for kind in KINDS if signs[kind] in state_dict]
-    if len(found) == 1:
-        return found[0]
-    if found:
+    Returns:
+        Detector: What the checkpoint holds.
+
+    Raises:
+        ConversionError: If it is no ResT Mask R-CNN or RetinaNet.
+    """
+    classifiers = _CLASSIFIERS[form]
+    kinds = [kind for kind, name in classifiers.items() if name in state_dict]
+    if not kinds:
+        raise ConversionError(f'no Mask R-CNN or RetinaNet: {_describe(state_dict)}')
+    if len(kinds) > 1:
         raise ConversionError(
             'found the heads of a Mask R-CNN and of a RetinaNet in one checkpoint'
         )
-    raise ConversionError(f'no Mask R-CNN or RetinaNet: {_describe(state_dict)}')
+    (kind,) = kinds
+    prefix = BACKBONE_PREFIX if form == 'detectron2' else 'backbone.'
+    arch = _arch(state_dict, prefix)
+    return Detector(kind, arch, _num_classes(state_dict, kind, classifiers[kind]))
+
+
+def to_mmdet(state_dict: Mapping[str, Tensor]) -> Conversion:
+    """Rename a published detector's tensors for mmdet's own modules.
+
+    Args:
+        state_dict (dict[str, Tensor]): Tensors under detectron2's names. It is
+            not changed; tensors that need no reordering are shared.
+
+    Returns:
+        Conversion: With the tensors under mmdet's names.
+
+    Raises:
+        ConversionError: If the tensors are not exactly those of one of the
+            detectors, or hold NaN or infinite values.
+    """
+    detector = recognise(state_dict)
+    known_constants = constants(detector.kind)
+    stored = {k: v for k, v in state_dict.items() if k in known_constants}
+    _check_constants(stored, known_constants)
+    weights = {k: v for k, v in state_dict.items() if k not in stored}
+
+    mapping = entries(detector)
+    by_name = {entry.detectron2: entry for entry in mapping}
+    _check(detector, weights, by_name)
+    converted = OrderedDict(
+        (by_name[name].mmdet, by_name[name].reorder(tensor))
+        for name, tensor in weights.items()
+    )
+    # detectron2's frozen BatchNorm has no counter
+    added = [name for name in by_name if is_counter(name) and name not in weights]
+    for name in added:
+        converted[by_name[name].mmdet] = torch.zeros((), dtype=torch.long)
+    return Conversion(detector, converted, mapping, added, stored)
+
+
+def to_detectron2(
+    state_dict: Mapping[str, Tensor],
+    added: Iterable[str] = (),
+    stored: Optional[Mapping[str, Tensor]] = None,
+) -> Conversion:
+    """Rename an mmdet ResT detector's tensors for detectron2.
+
+    Args:
+        state_dict (dict[str, Tensor]): Tensors under mmdet's names.
+        added (Iterable[str]): detectron2 names to leave out again, as
+            :func:`to_mmdet` reported them. Default: ().
+        stored (dict[str, Tensor], optional): Constants to put back. Default: None.
+
+    Returns:
+        Conversion: With the tensors under detectron2's names. What
+        :func:`to_mmdet` made from a checkpoint becomes that checkpoint again,
+        bit for bit, if its ``added`` and ``constants`` are given.
+
+    Raises:
+        ConversionError: As :func:`to_mmdet`.
+    """
+    detector = recognise(state_dict, form='mmdet')
+    mapping = entries(detector)
+    by_name = {entry.mmdet: entry for entry in mapping}
+    _check(detector, state_dict, by_name)
+    left_out, stored = set(added), dict(stored or {})
+    converted = OrderedDict(
+        (by_name[name].detectron2, by_name[name].reorder(tensor))
+        for name, tensor in state_dict.items()
+        if by_name[name].detectron2 not in left_out
+    )
+    converted.update(stored)
+    return Conversion(detector, converted, mapping, sorted(left_out), stored)
 
 
 def _describe(state_dict: Mapping[str, Tensor]) -> str:
@@ -86,24 +170,21 @@ def _describe(state_dict: Mapping[str, Tensor]) -> str:
             'this is an ImageNet checkpoint, which needs no conversion: name it in '
             "backbone.init_cfg=dict(type='Pretrained', checkpoint=...)"
         )
-    if any(
-        name.startswith(('neck.', 'bbox_head.', 'roi_head.')) for name in state_dict
+    for form, starts, tool in (
+        ('an mmdet', ('neck.', 'bbox_head.', 'roi_head.'), 'mmdet_to_detectron2'),
+        (
+            'a detectron2',
+            ('backbone.fpn_', 'backbone.bottom_up.'),
+            'detectron2_to_mmdet',
+        ),
     ):
-        return (
-            'the names are those of an mmdet checkpoint; the way to detectron2 is '
-            'tools/model_converters/mmdet_to_detectron2.py'
-        )
-    if any(
-        name.startswith(('backbone.fpn_', 'backbone.bottom_up.')) for name in state_dict
-    ):
-        return (
-            'the names are those of a detectron2 checkpoint, but not of these two '
-            'detectors; the way from detectron2 to mmdet is '
-            'tools/model_converters/detectron2_to_mmdet.py'
-        )
-    return f'found {len(state_dict)} tensors, the first named\n' + _listing(
-        list(state_dict)[:5]
-    )
+        if any(name.startswith(starts) for name in state_dict):
+            return (
+                f'the names are those of {form} checkpoint, but not of these two '
+                'detectors, or of the other direction, which is '
+                f'tools/model_converters/{tool}.py'
+            )
+    return f'found {len(state_dict)} tensors: {shorten(state_dict, 5)}'
 
 
 def _arch(state_dict: Mapping[str, Tensor], prefix: str) -> str:
@@ -138,7 +219,7 @@ def _num_classes(state_dict: Mapping[str, Tensor], kind: str, name: str) -> int:
     if kind == 'mask_rcnn':
         count = rows - 1  # the last row is background
     else:
-        count, rest = divmod(rows, RETINA_SCALES * RETINA_RATIOS)
+        count, rest = divmod(rows, RETINA_ANCHORS)
         if rest:
             raise ConversionError(
                 f'{name} has {rows} outputs, no multiple of the nine anchors'
@@ -148,162 +229,32 @@ def _num_classes(state_dict: Mapping[str, Tensor], kind: str, name: str) -> int:
     return count
 
 
-def recognise(state_dict: Mapping[str, Tensor], form: str = 'detectron2') -> Detector:
-    """Tell detector, backbone and class count from names and shapes.
-
-    Args:
-        state_dict (dict[str, Tensor]): tensors by name.
-        form (str): whose names they are, 'detectron2' or 'mmdet'. Defaults to
-            'detectron2'.
-
-    Returns:
-        Detector: what the checkpoint holds.
-
-    Raises:
-        ConversionError: if it is no ResT Mask R-CNN or RetinaNet.
-    """
-    if form == 'detectron2':
-        prefix = BACKBONE_PREFIX
-        signs = {
-            'mask_rcnn': 'roi_heads.box_predictor.cls_score.weight',
-            'retinanet': 'head.cls_score.weight',
-        }
-    else:
-        prefix = 'backbone.'
-        signs = {
-            'mask_rcnn': 'roi_head.bbox_head.fc_cls.weight',
-            'retinanet': 'bbox_head.retina_cls.weight',
-        }
-    kind = _kind(state_dict, signs)
-    arch = _arch(state_dict, prefix)
-    return Detector(kind, arch, _num_classes(state_dict, kind, signs[kind]))
-
-
-def _check_constants(kind: str, found: Mapping[str, Tensor]) -> None:
-    expected = constants(kind)
+def _check_constants(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> None:
     wrong = []
     for name, value in found.items():
         want = expected[name]
-        same_size = value.numel() == want.numel()
-        if not same_size or not torch.allclose(
+        if value.numel() != want.numel() or not torch.allclose(
             value.detach().float().flatten(), want.flatten(), rtol=1e-4, atol=1e-3
         ):
             wrong.append(f'{name}: expected {want.tolist()}, found {value.tolist()}')
     if wrong:
         raise ConversionError(
             'the checkpoint was made with other settings than the published ones, '
-            'so the published config does not fit it:\n' + _listing(wrong)
+            f'so the published config does not fit it. {shorten(wrong)}'
         )
 
 
 def _check(
-    detector: Detector,
-    state_dict: Mapping[str, Tensor],
-    expected: Mapping[str, Entry],
-    optional: Iterable[str] = (),
+    detector: Detector, state_dict: Mapping[str, Tensor], expected: Mapping[str, Entry]
 ) -> None:
     """Raise an error that lists whatever does not fit ``expected``."""
-    problems = []
-    present = {*state_dict, *optional}
-    missing = [name for name in expected if name not in present]
-    unmapped = [name for name in state_dict if name not in expected]
-    shapes, broken = [], []
-    for name, tensor in state_dict.items():
-        if name not in expected:
-            continue
-        if tuple(tensor.shape) != expected[name].shape:
-            shapes.append(
-                f'{name}: expected {expected[name].shape}, found {tuple(tensor.shape)}'
-            )
-        elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            broken.append(name)
-    for title, names in (
-        ('missing', missing),
-        ('not known', unmapped),
-        ('of another shape', shapes),
-        ('with NaN or infinite values', broken),
-    ):
-        if names:
-            problems.append(f'{len(names)} tensors {title}:\n{_listing(names)}')
+    target = {
+        name: torch.empty(entry.shape, device='meta')
+        for name, entry in expected.items()
+    }
+    found = compare(dict(state_dict), target)
+    problems = [*found.problems, *describe_defects(found.fitting)]
     if problems:
-        raise ConversionError(f'as {detector}:\n' + '\n'.join(problems))
-
-
-def to_mmdet(state_dict: Mapping[str, Tensor]) -> Conversion:
-    """Rename a published detector's tensors for mmdet's native modules.
-
-    Args:
-        state_dict (dict[str, Tensor]): tensors under detectron2's names. It is
-            not changed; tensors that need no reordering are shared.
-
-    Returns:
-        Conversion: with the tensors under mmdet's names.
-
-    Raises:
-        ConversionError: if the tensors are not exactly those of one of the
-            detectors, or hold NaN or infinite values.
-    """
-    detector = recognise(state_dict)
-    known_constants = constants(detector.kind)
-    stored = {k: v for k, v in state_dict.items() if k in known_constants}
-    _check_constants(detector.kind, stored)
-    weights = {k: v for k, v in state_dict.items() if k not in stored}
-
-    mapping = entries(detector)
-    by_name = {entry.detectron2: entry for entry in mapping}
-    added = [
-        name
-        for name in by_name
-        if name.endswith(OPTIONAL_SUFFIX) and name not in weights
-    ]
-    _check(detector, weights, by_name, optional=added)
-
-    converted = OrderedDict()
-    for name, tensor in weights.items():
-        entry = by_name[name]
-        converted[entry.mmdet] = (
-            swap_anchor_order(tensor) if entry.anchor_order else tensor
-        )
-    for name in added:
-        converted[by_name[name].mmdet] = torch.zeros((), dtype=torch.long)
-    return Conversion(detector, converted, mapping, added, stored)
-
-
-def to_detectron2(
-    state_dict: Mapping[str, Tensor],
-    added: Iterable[str] = (),
-    stored: Optional[Mapping[str, Tensor]] = None,
-) -> Conversion:
-    """Rename an mmdet ResT detector's tensors for detectron2.
-
-    Args:
-        state_dict (dict[str, Tensor]): tensors under mmdet's names.
-        added (list[str]): detectron2 names to leave out again, as
-            :func:`to_mmdet` reported them. Defaults to none.
-        stored (dict[str, Tensor]): constants to put back. Defaults to none.
-
-    Returns:
-        Conversion: with the tensors under detectron2's names. What
-        :func:`to_mmdet` made from a checkpoint becomes that checkpoint again,
-        bit for bit, if its ``added`` and ``constants`` are given.
-
-    Raises:
-        ConversionError: as :func:`to_mmdet`.
-    """
-    detector = recognise(state_dict, form='mmdet')
-    mapping = entries(detector)
-    by_name = {entry.mmdet: entry for entry in mapping}
-    _check(detector, state_dict, by_name)
-
-    left_out = set(added)
-    converted = OrderedDict()
-    for name, tensor in state_dict.items():
-        entry = by_name[name]
-        if entry.detectron2 in left_out:
-            continue
-        converted[entry.detectron2] = (
-            swap_anchor_order(tensor) if entry.anchor_order else tensor
-        )
-    stored = dict(stored or {})
-    converted.update(stored)
-    return Conversion(detector, converted, mapping, sorted(left_out), stored)
+        raise ConversionError(f'as {detector}: {" ".join(problems)}')

@@ -1,19 +1,22 @@
-"""The names and shapes of a ResT detector's tensors in both worlds.
+"""The names and shapes of a ResT detector's tensors, in detectron2 and in mmdet.
 
 A detector is described once, as a list of :class:`Entry`: the name in the
-published (detectron2) checkpoints, the name in mmdet's native modules, the
-shape, and whether the nine RetinaNet anchors have to be reordered.
+published (detectron2) checkpoints, the name in mmdet's modules, the shape, and
+whether the nine RetinaNet anchors have to be reordered.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from mmrest.models.arch import ARCHS
-from mmrest.models.rest import ResT
+try:
+    from mmrest.models.rest import ARCHS, ResT
+except ImportError:  # until the network is one file
+    from mmrest.models.arch import ARCHS
+    from mmrest.models.rest import ResT
 
-KINDS = ('mask_rcnn', 'retinanet')
 # Stages that feed the FPN. Requesting other stages would change the features.
 OUT_INDICES = {'mask_rcnn': (0, 1, 2, 3), 'retinanet': (1, 2, 3)}
 BACKBONE_PREFIX = 'backbone.bottom_up.'
@@ -22,6 +25,7 @@ FPN_CHANNELS = 256
 RPN_ANCHORS = 3
 RETINA_SCALES = 3
 RETINA_RATIOS = 3
+RETINA_ANCHORS = RETINA_SCALES * RETINA_RATIOS
 ROI_SIZE = 7
 FC_CHANNELS = 1024
 
@@ -31,9 +35,9 @@ class Detector:
     """What a checkpoint holds.
 
     Attributes:
-        kind (str): 'mask_rcnn' or 'retinanet'.
-        arch (str): the backbone's name, e.g. 'small'.
-        num_classes (int): classes without background.
+        kind (str): ``'mask_rcnn'`` or ``'retinanet'``.
+        arch (str): The backbone's name, as ``'small'``.
+        num_classes (int): Classes without background.
     """
 
     kind: str
@@ -49,17 +53,22 @@ class Entry:
     """One tensor under its two names.
 
     Attributes:
-        detectron2 (str): name in a published checkpoint.
-        mmdet (str): name in mmdet's native modules.
-        shape (tuple[int]): the same in both.
-        anchor_order (bool): first axis counts RetinaNet's nine anchors,
-            size-major in detectron2 and ratio-major in mmdet.
+        detectron2 (str): Name in a published checkpoint.
+        mmdet (str): Name in mmdet's modules.
+        shape (tuple[int]): The same in both.
+        anchor_order (bool): Whether the first axis counts RetinaNet's nine
+            anchors, size-major in detectron2 and ratio-major in mmdet.
+            Default: False.
     """
 
     detectron2: str
     mmdet: str
     shape: tuple[int, ...]
     anchor_order: bool = False
+
+    def reorder(self, tensor: Tensor) -> Tensor:
+        """Bring the tensor from the one order into the other, if they differ."""
+        return swap_anchor_order(tensor) if self.anchor_order else tensor
 
 
 def _layer(
@@ -155,15 +164,14 @@ def _retinanet_heads(embed_dims: tuple[int, ...], num_classes: int) -> Iterator[
             yield from _layer(
                 f'head.{subnet}.{2 * i}', f'bbox_head.{convs}.{i}.conv', (c, c, 3, 3)
             )
-    anchors = RETINA_SCALES * RETINA_RATIOS
     yield from _layer(
         'head.cls_score',
         'bbox_head.retina_cls',
-        (anchors * num_classes, c, 3, 3),
+        (RETINA_ANCHORS * num_classes, c, 3, 3),
         anchor_order=True,
     )
     yield from _layer(
-        'head.bbox_pred', 'bbox_head.retina_reg', (anchors * 4, c, 3, 3), True
+        'head.bbox_pred', 'bbox_head.retina_reg', (RETINA_ANCHORS * 4, c, 3, 3), True
     )
 
 
@@ -171,10 +179,10 @@ def entries(detector: Detector) -> list[Entry]:
     """List every tensor of a detector.
 
     Args:
-        detector (Detector): kind, backbone and class count.
+        detector (Detector): Kind, backbone and class count.
 
     Returns:
-        list[Entry]: one entry for each tensor, backbone first.
+        list[Entry]: One entry for each tensor, backbone first.
     """
     dims = ARCHS[detector.arch].embed_dims
     result = list(_backbone(detector))
@@ -186,23 +194,23 @@ def entries(detector: Detector) -> list[Entry]:
     return result
 
 
-def swap_anchor_order(tensor: torch.Tensor) -> torch.Tensor:
+def swap_anchor_order(tensor: Tensor) -> Tensor:
     """Exchange the size and the ratio axis of RetinaNet's nine anchors.
 
     detectron2 counts anchor ``3 * size + ratio``, mmdet ``3 * ratio + size``.
     Both axes have three entries, so the same exchange serves both ways.
 
     Args:
-        tensor (Tensor): weight or bias whose first axis is 9 x something.
+        tensor (Tensor): Weight or bias; the first axis is 9 x something.
 
     Returns:
-        Tensor: a contiguous copy of the same shape.
+        Tensor: A contiguous copy of the same shape.
     """
     grid = tensor.reshape(RETINA_SCALES, RETINA_RATIOS, -1)
     return grid.transpose(0, 1).reshape(tensor.shape).contiguous()
 
 
-def constants(kind: str) -> dict[str, torch.Tensor]:
+def constants(kind: str) -> dict[str, Tensor]:
     """Tensors that detectron2 may store although they are no weights.
 
     Older releases of detectron2 wrote the pixel statistics and the anchors of
@@ -210,10 +218,10 @@ def constants(kind: str) -> dict[str, torch.Tensor]:
     that holds other values needs another config.
 
     Args:
-        kind (str): 'mask_rcnn' or 'retinanet'.
+        kind (str): ``'mask_rcnn'`` or ``'retinanet'``.
 
     Returns:
-        dict[str, Tensor]: name to the values of the published models.
+        dict[str, Tensor]: Name to the values of the published models.
     """
     result = {
         'pixel_mean': torch.tensor([103.53, 116.28, 123.675]).view(3, 1, 1),

@@ -109,7 +109,7 @@ def nan(state):
     [
         (resnet, 'no Mask R-CNN or RetinaNet'),
         (three_classes, '3 classes, but 80 names'),
-        (nan, 'NaN or infinite values:\n  backbone.fpn_output3.bias'),
+        (nan, 'NaN or infinite values in 1: backbone.fpn_output3.bias'),
     ],
 )
 def test_bad_input_leaves_no_file(change, message, tool, tmp_path, published):

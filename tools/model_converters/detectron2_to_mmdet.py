@@ -14,7 +14,9 @@ def main() -> int:
         help="class names in the order of the classification layer [COCO's 80]",
     )
     args = parser.parse_args()
-    return cli.run(args, lambda: convert_to_mmdet(args.src, args.classes), forth=True)
+    return cli.run(
+        args, lambda: convert_to_mmdet(args.src, args.classes), to_mmdet=True
+    )
 
 
 if __name__ == '__main__':

@@ -12,7 +12,7 @@ from mmrest.converters import cli, convert_to_detectron2
 
 def main() -> int:
     args = cli.parser(__doc__).parse_args()
-    return cli.run(args, lambda: convert_to_detectron2(args.src), forth=False)
+    return cli.run(args, lambda: convert_to_detectron2(args.src), to_mmdet=False)
 
 
 if __name__ == '__main__':

@@ -5,6 +5,7 @@ import sys
 
 from mmrest.checkpoint import CheckpointError
 from mmrest.converters import ConversionError, publish
+from mmrest.converters.files import FORMATS
 
 
 def main() -> int:
@@ -14,11 +15,16 @@ def main() -> int:
         'out_file', help='x.pth is written as x-<8 digits of the SHA-256>.pth'
     )
     parser.add_argument(
+        '--format',
+        choices=FORMATS,
+        help='format of the file [as OUT_FILE ends, else pth]',
+    )
+    parser.add_argument(
         '--force', action='store_true', help='replace the output if it exists'
     )
     args = parser.parse_args()
     try:
-        path = publish(args.in_file, args.out_file, args.force)
+        path = publish(args.in_file, args.out_file, args.force, args.format)
     except (CheckpointError, ConversionError, OSError) as error:
         print(f'error: {args.in_file}: {error}', file=sys.stderr)
         return 1
