@@ -83,7 +83,7 @@ def run_fixture():
 def source(repo: Path, tmp_path_factory) -> Path:
     """A copy of the source tree to build from."""
     copy = tmp_path_factory.mktemp('source') / 'mmrest'
-    shutil.copytree(repo, copy, ignore=LEFT_OUT)
+    shutil.copytree(repo, copy, ignore=LEFT_OUT, symlinks=True)
     # `data` is left out above for its size, wherever it is only the users' own.
     shutil.copytree(repo / 'tests' / 'data', copy / 'tests' / 'data')
     return copy

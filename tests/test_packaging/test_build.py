@@ -11,8 +11,6 @@ import yaml
 
 import mmrest
 
-pytestmark = pytest.mark.slow
-
 STACKS = re.compile(r'^(onedl-)?mm(cv|engine|det|detection|seg\w*|pretrain)\b')
 
 # Another project's config, read as its own program would read it.
@@ -74,6 +72,7 @@ def test_model_index_names_files_of_the_wheel(wheel):
     assert all(info.external_attr >> 16 & 0o100 for info in scripts), 'executable'
 
 
+@pytest.mark.slow
 def test_leftovers_of_an_earlier_build_stay_out(build, source, wheel):
     for stale in ('mmrest/gone.py', 'mmrest/.mim/configs/gone.py'):
         path = source / 'build' / 'lib' / stale
@@ -82,6 +81,7 @@ def test_leftovers_of_an_earlier_build_stay_out(build, source, wheel):
     assert names(build('build_wheel')) == names(wheel)
 
 
+@pytest.mark.slow
 def test_wheel_from_sdist_is_the_same(build, wheel, tmp_path):
     with tarfile.open(build('build_sdist')) as archive:
         archive.extractall(tmp_path)
@@ -90,6 +90,7 @@ def test_wheel_from_sdist_is_the_same(build, wheel, tmp_path):
     assert names(build('build_wheel', unpacked)) == names(wheel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('hook', ['build_wheel', 'build_editable'])
 def test_configs_can_be_inherited_wherever_mmrest_is_installed(
     hook, build, scratch, tmp_path

@@ -52,7 +52,7 @@ class Machine:
         self.repo, self.env = folder / 'repo', folder / 'my env'
         for path in (self.state, self.bin, self.repo / 'mmrest', self.repo / 'tools'):
             path.mkdir(parents=True)
-        for name in ('setup.py', 'pyproject.toml', 'mmrest-config-scope.pth'):
+        for name in ('setup.py', 'pyproject.toml'):
             shutil.copy(repo / name, self.repo)
         for name in ('mmrest/version.py', 'tools/make_env.sh'):
             shutil.copy(repo / name, self.repo / name)
@@ -172,6 +172,12 @@ LACKS = {
         {'TORCH': '2.8.0'},
         'TORCHVISION is not',
         'Give both',
+    ),
+    'old torch': (
+        lambda machine: None,
+        {'TORCH': '2.3.1', 'TORCHVISION': '0.18.1'},
+        'TORCH=2.3.1 is too old',
+        '2.4 or later',
     ),
     'foreign folder': (folder_of_somebody, {}, 'was not made by make env', 'ENV='),
     'file in the way': (file_in_the_way, {}, 'was not made by make env', 'ENV='),
@@ -347,7 +353,9 @@ def test_make_hands_on_what_it_is_given(repo):
     assert (
         "PYTHON='python3.10' bash tools/make_env.sh 'onedl' '/some where/else'" in out
     )
-    assert "-m pytest -k 'a b'" in make(repo, 'test', "ARGS=-k 'a b'")
+    test = make(repo, 'test', "ARGS=-k 'a b'", 'WORKERS=4')
+    assert "-m pytest -n 4 --dist loadfile -k 'a b'" in test
+    assert "-m 'not slow'" in make(repo, 'test-fast')
     demo = make(repo, 'demo', 'DATA=/my data', 'WORK_DIR=/out')
     assert "projects/demo/run.py --work-dir '/out' --data '/my data'" in demo
     assert '--data' not in make(repo, 'demo')
@@ -359,15 +367,35 @@ def test_make_ignores_the_shells_own_ENV(repo):
     assert "'.venv-openmmlab/bin/python' -m pytest" in out
 
 
-def test_ci_runs_the_documented_commands(repo):
-    lines = (repo / '.ci' / 'run').read_text().splitlines()
-    assert [line for line in lines if line.startswith('make')] == [
-        'make env',
-        'make lint',
-        'make test',
-    ]
-    assert os.access(repo / '.ci' / 'run', os.X_OK)
-    assert '.ci/run' in (repo / '.github' / 'workflows' / 'ci.yml').read_text()
+# Stands in for make: `test` and `test-fast` end as pytest does.
+FAKE_MAKE = """#!/usr/bin/env bash
+echo "$*" >>calls
+case "$*" in test*) echo '===== 3 passed, 1 skipped in 1.50s =====' ;; esac
+[ "$*" != "$(cat fail)" ]
+"""
+
+
+@pytest.mark.parametrize('fail', ['', 'env', 'lint', 'test-fast STACK=onedl'])
+def test_ci_runs_every_part_and_fails_if_one_does(fail, repo, tmp_path):
+    (tmp_path / '.ci').mkdir()
+    shutil.copy(repo / '.ci' / 'run', tmp_path / '.ci' / 'run')
+    for name, text in (('make', FAKE_MAKE), ('fail', fail)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        [tmp_path / '.ci' / 'run'],
+        env=dict(os.environ, PATH=f'{tmp_path}:{os.environ["PATH"]}'),
+        capture_output=True,
+        text=True,
+    )
+    calls = (tmp_path / 'calls').read_text().splitlines()
+    parts = ['env', 'test ARGS=--cov --cov-report=term', 'lint', 'docs']
+    onedl = ['env STACK=onedl', 'test-fast STACK=onedl']
+    assert calls == (['env'] if fail == 'env' else parts) + onedl
+    assert done.returncode == bool(fail)
+    report = done.stdout[done.stdout.rindex('=== after') :]
+    assert report.count('3 passed, 1 skipped') == (1 if fail == 'env' else 2)
+    assert report.count('FAILED: make') == bool(fail)
 
 
 def test_real_interpreter_passes_the_checks(machine):
