@@ -6,8 +6,8 @@ import sys
 
 from mmrest import launch
 from mmrest.hooks import Preempted, StopSignals
-from mmrest.hooks.disk import explain_disk_error, survive_log_errors
 from mmrest.optim.amp import train_with_amp
+from mmrest.utils.disk import explain_disk_error, survive_log_errors
 
 
 def parse_args() -> argparse.Namespace:

@@ -1,5 +1,6 @@
 """What the options of ``tools/test.py`` change in a config."""
 
+import copy
 import os
 import os.path as osp
 from typing import Optional
@@ -91,7 +92,9 @@ def augment_images(cfg: Config) -> None:
             "--tta: mmdet's DetTTAModel merges boxes only and refuses a detector with "
             'a mask head. Test without --tta.'
         )
-    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    wrapped = copy.deepcopy(cfg.tta_model)  # ** would replace the types that MMEngine
+    wrapped.module = cfg.model  # keeps to write the config
+    cfg.model = wrapped
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:
         dataset = dataset.dataset
@@ -111,14 +114,12 @@ def write_predictions(cfg: Config, path: str) -> None:
     """
     metrics = cfg.test_evaluator
     metrics = list(metrics) if isinstance(metrics, (list, tuple)) else [metrics]
-    cfg.test_evaluator = metrics
+    kinds = {type_name(metric): metric for metric in metrics}
     if path.endswith(('.pkl', '.pickle')):
         detector = find_toolbox(cfg) == 'mmdet'  # whose masks go out as RLE
         kind = 'mmdet.DumpDetResults' if detector else 'DumpResults'
         metrics.append(ConfigDict(type=kind, out_file_path=path))
-        return
-    kinds = {type_name(metric): metric for metric in metrics}
-    if 'IoUMetric' in kinds and not osp.splitext(path)[1]:
+    elif 'IoUMetric' in kinds and not osp.splitext(path)[1]:
         if osp.isdir(path) and os.listdir(path):
             raise LaunchError(
                 f'--out {path}: the folder is not empty, and its files might be '
@@ -132,3 +133,4 @@ def write_predictions(cfg: Config, path: str) -> None:
             f'--out {path}: give a name that ends in .pkl, or in .json where the '
             'evaluator is CocoMetric, or a folder where it is IoUMetric.'
         )
+    cfg.test_evaluator = metrics

@@ -1,5 +1,6 @@
 """A data set of two shapes, a config for it as a user writes one, and processes."""
 
+import functools
 import json
 import signal
 import sys
@@ -11,6 +12,8 @@ from PIL import Image
 
 # so that the tests here can import the helpers beside them
 sys.path.insert(0, str(Path(__file__).parent))
+
+from tool_runs import Started, call_tool  # noqa: E402
 
 CLASSES = ('box', 'diamond')
 
@@ -146,19 +149,22 @@ def config(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope='session')
-def trained(run, config, tmp_path_factory):
+def call(repo):
+    """Run a tool within this process; the output of both streams comes back."""
+    return functools.partial(call_tool, repo)
+
+
+@pytest.fixture(scope='session')
+def trained(call, config, tmp_path_factory):
     """Work folder and output of a run of four iterations, started elsewhere."""
     folder = tmp_path_factory.mktemp('elsewhere')
-    output = run(
-        'train.py', config, '--work-dir', 'run', '--resume', '--tensorboard', cwd=folder
-    )
-    return folder / 'run', output
+    options = ['--work-dir', 'run', '--resume', '--tensorboard']
+    return folder / 'run', call('train.py', config, *options, cwd=folder)
 
 
 @pytest.fixture
 def start(repo, tmp_path):
     """Start a tool; what still runs at the end of the test is ended."""
-    from started_tools import Started
 
     started = []
 

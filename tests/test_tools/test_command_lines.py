@@ -1,23 +1,19 @@
 """Command lines with which a run cannot start, and what options do to a config."""
 
-import runpy
-import sys
-
 import pytest
 from mmengine.config import Config
 
+from mmrest import launch
+
 
 @pytest.fixture
-def tool(repo, monkeypatch, tmp_path):
-    """Run a tool within this process, in an empty folder; its message comes back."""
+def tool(call, tmp_path):
+    """Run a tool that fails, in an empty folder; its message comes back."""
 
     def run_tool(name, *args):
-        monkeypatch.setattr(sys, 'argv', [name, *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(repo / 'tools' / name), run_name='__main__')
-        return str(stop.value)
+        output = call(name, *args, cwd=tmp_path, fails=True)
+        return output[output.index(f'tools/{name}: ') :]
 
-    monkeypatch.chdir(tmp_path)
     return run_tool
 
 
@@ -39,7 +35,7 @@ def without_gpu(monkeypatch):
 def test_unknown_config(tool, name, config, expected):
     checkpoint = ['x.pth'] if name == 'test.py' else []
     message = tool(name, config, *checkpoint)
-    assert message.startswith(f'tools/{name}: ') and expected in message
+    assert expected in message
 
 
 def test_data_and_weights_are_missing(tool):
@@ -52,11 +48,6 @@ def test_data_and_weights_are_missing(tool):
 def test_checkpoint_is_missing(tool, config):
     message = tool('test.py', config, 'epoch_12.pth')
     assert 'epoch_12.pth does not exist' in message
-
-
-def test_amp_without_gpu(tool, config, monkeypatch):
-    monkeypatch.setattr('mmengine.device.get_device', lambda: 'cpu')
-    assert '--amp needs a GPU' in tool('train.py', config, '--amp')
 
 
 def test_auto_scale_lr_without_a_base(tool, config):
@@ -82,37 +73,21 @@ def test_show_without_a_hook(tool, config, trained):
     assert 'DetVisualizationHook' in message
 
 
-@pytest.mark.parametrize(
-    ('hook', 'drawn'),
-    [
-        ('DetVisualizationHook', dict(draw=True, test_out_dir='out')),
-        ('SegVisualizationHook', dict(draw=True, interval=1)),
-        ('VisualizationHook', dict(enable=True, interval=1, out_dir='out')),
-    ],
-)
-def test_show_dir_in_each_scope(repo, hook, drawn):
-    """The hooks of mmdet, mmseg and mmpretrain are told in words of their own."""
-    module = runpy.run_path(str(repo / 'tools' / 'test.py'))
-    cfg = Config(
-        dict(default_hooks=dict(visualization=dict(type=hook)), visualizer=dict())
+@pytest.mark.parametrize('toolbox, extra', list(launch.EXTRAS.items()))
+def test_the_extra_is_named(monkeypatch, repo, toolbox, extra):
+    cfg = Config(dict(default_scope=toolbox))
+    launch.check_toolbox(cfg, 'my_config.py')
+    find_spec = launch.find_spec
+    monkeypatch.setattr(
+        launch, 'find_spec', lambda name: None if name == toolbox else find_spec(name)
     )
-    args = type('Args', (), dict(show=False, show_dir='out', wait_time=2))
-    module['draw'](cfg, args)
-    result = cfg.default_hooks.visualization
-    assert {key: result[key] for key in drawn} == drawn
-    # mmseg's hook leaves the folder to the visualizer, whose backend writes below
-    # WORK_DIR/TIME/vis_data; it has none in this config
-    backends = cfg.visualizer.get('vis_backends', [])
-    expected = [dict(type='LocalVisBackend', img_save_dir='../out')]
-    assert backends == (expected if hook == 'SegVisualizationHook' else [])
+    with pytest.raises(launch.LaunchError) as error:
+        launch.check_toolbox(cfg, 'my_config.py')
+    message = str(error.value)
+    assert f'my_config.py needs {toolbox}' in message
+    assert f"pip install 'mmrest[{extra}]'" in message
+    assert f"'{extra}':" in (repo / 'setup.py').read_text()
 
 
-def test_show_dir_keeps_the_other_backends(repo):
-    module = runpy.run_path(str(repo / 'tools' / 'test.py'))
-    backends = [dict(type='TensorboardVisBackend'), dict(type='LocalVisBackend')]
-    hooks = dict(visualization=dict(type='SegVisualizationHook'))
-    cfg = Config(dict(default_hooks=hooks, visualizer=dict(vis_backends=backends)))
-    args = type('Args', (), dict(show=False, show_dir='out', wait_time=2))
-    module['draw'](cfg, args)
-    backends[1]['img_save_dir'] = '../out'
-    assert cfg.visualizer.vis_backends == backends
+def test_configs_without_a_toolbox_pass():
+    launch.check_toolbox(Config(dict()), 'my_config.py')

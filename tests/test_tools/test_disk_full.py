@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from started_tools import NO_VAL, iterations
+from tool_runs import NO_VAL, iterations
 
 from mmrest.checkpoint import read_checkpoint
 

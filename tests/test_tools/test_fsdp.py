@@ -4,7 +4,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
-from started_tools import NO_VAL, iterations
+from tool_runs import NO_VAL, iterations
 
 from mmrest.checkpoint import read_state_dict
 

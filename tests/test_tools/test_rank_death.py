@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from started_tools import NO_VAL, OPTIONS
+from tool_runs import NO_VAL, OPTIONS
 
 FAILS = """
 _base_ = {config!r}

@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from started_tools import NO_VAL, OPTIONS, iterations
+from tool_runs import NO_VAL, OPTIONS, iterations
 
 from mmrest.checkpoint import read_checkpoint
 

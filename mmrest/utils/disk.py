@@ -1,6 +1,6 @@
-"""What to say when the disk takes no more: of logs, for checkpoints say it themselves.
+"""What a run says when the disk takes no more, other than for checkpoints.
 
-See :mod:`mmrest.checkpoint.atomic` for those.
+Those are written by :mod:`mmrest.checkpoint.atomic`, which says it itself.
 """
 
 import errno
@@ -35,13 +35,10 @@ def explain_disk_error(error: OSError, folder: str) -> Optional[str]:
 
 
 def free_space(folder: str) -> str:
-    """A sentence with the free bytes of the file system that a folder is on.
+    """Say in a sentence how many bytes are free on the file system of a folder.
 
     Args:
-        folder (str): It or its nearest existing parent is looked at.
-
-    Returns:
-        str: The sentence.
+        folder (str): The folder; its nearest existing parent is looked at.
     """
     folder = os.path.abspath(folder)
     while not os.path.exists(folder):
@@ -60,22 +57,21 @@ def survive_log_errors(logger: logging.Logger) -> None:
     Args:
         logger (Logger): Its file handlers are changed.
     """
+    failed = set()
+
+    def handle_error(path: str) -> None:
+        if path in failed:
+            return
+        failed.add(path)
+        error = sys.exc_info()[1]
+        reason = getattr(error, 'strerror', None) or repr(error)
+        space = free_space(os.path.dirname(path))
+        sys.stderr.write(
+            f'The log {path} cannot be written: {reason}. {space} The run goes on '
+            'without these lines.\n'
+        )
+
     for handler in logger.handlers:
         if isinstance(handler, logging.FileHandler):
-            handler.handleError = _SaysOnce(handler.baseFilename)
-
-
-class _SaysOnce:
-    def __init__(self, path: str) -> None:
-        self._path, self._said = path, False
-
-    def __call__(self, record: logging.LogRecord) -> None:
-        if not self._said:
-            self._said = True
-            error = sys.exc_info()[1]
-            reason = getattr(error, 'strerror', None) or repr(error)
-            sys.stderr.write(
-                f'The log {self._path} cannot be written: {reason}. '
-                f'{free_space(os.path.dirname(self._path))} The run goes on '
-                'without these lines.\n'
-            )
+            path = handler.baseFilename
+            handler.handleError = lambda record, path=path: handle_error(path)  # type: ignore

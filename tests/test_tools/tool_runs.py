@@ -1,14 +1,55 @@
-"""Tools that run beside the test."""
+"""Tools within this process, and tools that run beside the test."""
 
+import contextlib
+import io
+import os
 import re
+import runpy
+import signal
 import subprocess
+import sys
 import time
 
+from mmengine.utils import ManagerMixin
 from tool_process import command_of, environment_of
 
 NO_VAL = ['val_cfg=None', 'val_dataloader=None', 'val_evaluator=None']
 # far more iterations than a test lets it make
 OPTIONS = ['train_cfg.max_iters=100000', 'default_hooks.checkpoint.interval=100000']
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def forget_runs(kind=ManagerMixin):
+    """Drop MMEngine's global loggers, scopes and visualizers of an earlier run."""
+    kind._instance_dict.clear()
+    for subclass in kind.__subclasses__():
+        forget_runs(subclass)
+
+
+def call_tool(repo, tool, *args, cwd, fails=False):
+    """Run a tool within this process; the output of both streams comes back."""
+    output = io.StringIO()
+    folder, argv = os.getcwd(), sys.argv
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    status = None
+    forget_runs()
+    try:
+        os.chdir(cwd)
+        sys.argv = [tool, *map(str, args)]
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            runpy.run_path(str(repo / 'tools' / tool), run_name='__main__')
+    except SystemExit as stop:
+        status = stop.code
+        if isinstance(status, str):
+            print(status, file=output)
+    finally:
+        forget_runs()
+        os.chdir(folder)
+        sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert bool(status) is fails, output.getvalue()[-6000:]
+    return output.getvalue()
 
 
 class Started:
@@ -47,4 +88,5 @@ class Started:
 
 
 def iterations(output):
+    """The training iterations that a log names."""
     return [int(n) for n in re.findall(r'Iter\(train\) *\[ *(\d+)/', output)]

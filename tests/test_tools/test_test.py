@@ -1,4 +1,4 @@
-"""tools/test.py and dist_test.sh as processes, and one process against two."""
+"""tools/test.py: figures, files, pictures; one process against two."""
 
 import json
 import pickle
@@ -11,6 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from mmrest.checkpoint import read_checkpoint
+from mmrest.utils.evaluation import draw_predictions
 
 
 @pytest.fixture(scope='module')
@@ -19,17 +20,13 @@ def checkpoint(trained):
 
 
 @pytest.fixture(scope='module')
-def tested(run, config, checkpoint, tmp_path_factory):
+def tested(call, config, checkpoint, tmp_path_factory):
     """Folder and output of a test in one process."""
     folder = tmp_path_factory.mktemp('tested')
     options = ['--work-dir', folder / 'run', '--out', folder / 'results.json']
-    options += [
-        '--show-dir',
-        'pictures',
-        '--cfg-options',
-        'test_evaluator.classwise=True',
-    ]
-    return folder, run('test.py', config, checkpoint, *options, cwd=folder)
+    options += ['--show-dir', 'pictures']
+    options += ['--cfg-options', 'test_evaluator.classwise=True']
+    return folder, call('test.py', config, checkpoint, *options, cwd=folder)
 
 
 def test_prints_all_figures_and_those_of_each_class(tested):
@@ -62,20 +59,12 @@ def test_written_results_give_the_printed_figures(tested, config, metrics, kind)
         assert printed[f'coco/{kind}_{name}'] == pytest.approx(figure, abs=6e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_give_exactly_the_results_of_one(
     run, config, checkpoint, tested, metrics, tmp_path
 ):
-    output = run(
-        'dist_test.sh',
-        config,
-        checkpoint,
-        2,
-        '--work-dir',
-        tmp_path / 'run',
-        '--out',
-        tmp_path / 'results.json',
-        cwd=tmp_path,
-    )
+    options = ['--work-dir', tmp_path / 'run', '--out', tmp_path / 'results.json']
+    output = run('dist_test.sh', config, checkpoint, 2, *options, cwd=tmp_path)
     assert 'Iter(test) [3/3]' in output  # five images on two processes
     one, two = metrics(tested[0] / 'run'), metrics(tmp_path / 'run')
     figures = [key for key in two if '_mAP' in key]
@@ -88,7 +77,7 @@ def test_two_processes_give_exactly_the_results_of_one(
         assert second == first
 
 
-def test_tta_and_pickle(run, config, tmp_path):
+def test_tta_and_pickle(call, config, tmp_path):
     # The config's own augmentation enlarges to 1600 pixels; flips do for a test.
     path = tmp_path / 'retina.py'
     path.write_text(f"""
@@ -99,7 +88,22 @@ shapes = dict(
     data_prefix=dict(img='images'),
     metainfo=dict(classes=('box', 'diamond')),
 )
-model = dict(bbox_head=dict(num_classes=2, stacked_convs=1), test_cfg=dict(score_thr=0))
+model = dict(
+    backbone=dict(
+        arch=dict(
+            _delete_=True,
+            embed_dims=[8, 16, 32, 64],
+            num_heads=[1, 2, 4, 8],
+            depths=[1, 1, 1, 1],
+            sr_ratios=[8, 4, 2, 1],
+        )
+    ),
+    neck=dict(in_channels=[16, 32, 64], out_channels=16),
+    bbox_head=dict(
+        num_classes=2, in_channels=16, feat_channels=16, stacked_convs=1
+    ),
+    test_cfg=dict(score_thr=0),
+)
 test_dataloader = dict(num_workers=0, persistent_workers=False, dataset=shapes)
 test_evaluator = dict(ann_file={str(config.parent / 'shapes' / 'val.json')!r})
 tta_pipeline = [
@@ -122,27 +126,56 @@ tta_pipeline = [
 
     results = tmp_path / 'results.pkl'
     options = [path, tmp_path / 'retina.pth', '--tta', '--out', results]
-    output = run('test.py', *options, cwd=tmp_path)
+    output = call('test.py', *options, cwd=tmp_path)
     assert 'coco/bbox_mAP: ' in output
     results = pickle.loads(results.read_bytes())
     assert len(results) == 5
     assert results[0]['pred_instances']['bboxes'].shape == (100, 4)
 
 
-def test_tta_with_masks_is_refused(run, config, checkpoint, tmp_path):
-    output = run('test.py', config, checkpoint, '--tta', cwd=tmp_path, fails=True)
+def test_tta_with_masks_is_refused(call, config, checkpoint, tmp_path):
+    output = call('test.py', config, checkpoint, '--tta', cwd=tmp_path, fails=True)
     assert output.endswith('mask head. Test without --tta.\n')
 
 
-def test_checkpoint_that_does_not_fit_is_refused(run, config, checkpoint, tmp_path):
+def test_checkpoint_that_does_not_fit_is_refused(call, config, checkpoint, tmp_path):
     """MMEngine itself would warn and evaluate random weights."""
     saved = read_checkpoint(checkpoint)
     key = 'roi_head.bbox_head.fc_cls.weight'
     saved['state_dict'][key] = torch.zeros(81, 64)
-    torch.save(saved, tmp_path / 'other_classes.pth')
-    output = run(
-        'test.py', config, tmp_path / 'other_classes.pth', cwd=tmp_path, fails=True
-    )
+    other = tmp_path / 'other_classes.pth'
+    torch.save(saved, other)
+    output = call('test.py', config, other, cwd=tmp_path, fails=True)
     message = output[output.rindex('tools/test.py: ') :]
     assert 'other_classes.pth' in message and key in message
-    assert 'Traceback' not in output
+
+
+@pytest.mark.parametrize(
+    ('hook', 'drawn'),
+    [
+        ('mmdet.DetVisualizationHook', dict(draw=True, test_out_dir='out')),
+        ('SegVisualizationHook', dict(draw=True, interval=1)),
+        ('VisualizationHook', dict(enable=True, interval=1, out_dir='out')),
+    ],
+)
+def test_show_dir_in_each_toolbox(hook, drawn):
+    """The hooks of mmdet, mmseg and mmpretrain are told in words of their own."""
+    hooks = dict(visualization=dict(type=hook))
+    cfg = Config(dict(default_hooks=hooks, visualizer=dict()))
+    draw_predictions(cfg, show_dir='out')
+    result = cfg.default_hooks.visualization
+    assert {key: result[key] for key in drawn} == drawn
+    # mmseg's hook leaves the folder to the visualizer, whose backend writes below
+    # WORK_DIR/TIME/vis_data; it has none in this config
+    backends = cfg.visualizer.get('vis_backends', [])
+    expected = [dict(type='LocalVisBackend', img_save_dir='../out')]
+    assert backends == (expected if hook == 'SegVisualizationHook' else [])
+
+
+def test_show_dir_keeps_the_other_backends():
+    backends = [dict(type='TensorboardVisBackend'), dict(type='LocalVisBackend')]
+    hooks = dict(visualization=dict(type='SegVisualizationHook'))
+    cfg = Config(dict(default_hooks=hooks, visualizer=dict(vis_backends=backends)))
+    draw_predictions(cfg, show_dir='out')
+    backends[1]['img_save_dir'] = '../out'
+    assert cfg.visualizer.vis_backends == backends
