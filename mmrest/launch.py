@@ -20,21 +20,22 @@ from typing import Any, Optional
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
+from mmengine.dist import init_dist
 from mmengine.hub import get_config
 from mmengine.logging import print_log
 from mmengine.registry import MODELS, RUNNERS
 from mmengine.runner import Runner
+from mmengine.utils.dl_utils import set_multi_processing
 from torch import nn
 from torch.random import fork_rng
 
 from .checkpoint import (
     CheckpointError,
-    check_agreement,
     check_load_from,
-    find_latest,
+    choose_checkpoint,
     force_safe_loading,
-    inspect_latest,
 )
+from .checkpoint.resume import Latest
 from .config import SCOPE, find_config
 from .datasets.preflight import PreflightError, check_config, log_report
 from .hooks import LabelRangeError, NonFiniteError
@@ -237,8 +238,10 @@ def log_for_tensorboard(cfg: Config) -> None:
     visualizer['vis_backends'] = [*backends, dict(type='TensorboardVisBackend')]
 
 
-def choose_start(cfg: Config, resume: Optional[str]) -> str:
+def choose_start(cfg: Config, resume: Optional[str]) -> Optional[Latest]:
     """Write into a config which checkpoint the run continues from, and its seed.
+
+    All processes of a distributed run call it together.
 
     Args:
         cfg (Config): Changed in place.
@@ -246,7 +249,7 @@ def choose_start(cfg: Config, resume: Optional[str]) -> str:
             folder, if there is one; a path; or None for what the config says.
 
     Returns:
-        str: What the user should know about the choice; empty if nothing.
+        Latest | None: The checkpoint; None if the run does not continue another.
 
     Raises:
         CheckpointError: If the checkpoint, or all of the work folder, are damaged.
@@ -254,35 +257,41 @@ def choose_start(cfg: Config, resume: Optional[str]) -> str:
     if resume is None and cfg.get('resume') and not cfg.get('load_from'):
         resume = 'auto'
     if resume is None:
-        return ''
-    latest = find_latest(cfg.work_dir) if resume == 'auto' else inspect_latest(resume)
+        return None
+    latest = choose_checkpoint(cfg.work_dir, resume)
     # a job that is restarted again and again begins with load_from, once
     cfg.resume = latest is not None
     if latest is None:
-        return ''
+        return None
     cfg.load_from = latest.path
     # without a seed of its own the run would draw its data in another order
     own_seed = cfg.get('randomness', {}).get('seed')
     if own_seed is None and latest.seed is not None:
         cfg.merge_from_dict({'randomness.seed': latest.seed})
-    return latest.warning
+    return latest
 
 
-def check_start(runner: Any, cfg: Config, exact: Optional[bool] = None) -> None:
+def check_start(
+    runner: Any,
+    cfg: Config,
+    latest: Optional[Latest] = None,
+    exact: Optional[bool] = None,
+) -> None:
     """Refuse a checkpoint of which MMEngine would load less than is meant.
+
+    All processes of a distributed run call it together.
 
     Args:
         runner (Runner | FlexibleRunner): Before ``train()`` or ``test()``.
         cfg (Config): The config that it was built from.
+        latest (Latest, optional): What :func:`choose_start` returned.
         exact (bool, optional): Whether the checkpoint must fit the whole model, as for
             a test. Default: None, which is for a training: if it is resumed.
 
     Raises:
-        CheckpointError: If the checkpoint does not fit the model, or the processes
-            chose different ones.
+        CheckpointError: If the checkpoint does not fit the model.
     """
-    start = cfg.get('load_from')
-    check_agreement(start)
+    start = latest or cfg.get('load_from')
     if not start:
         return
     model = runner.model
@@ -316,7 +325,7 @@ def check_before_run(cfg: Config, args: argparse.Namespace, stage: str) -> list:
 def build_runner(
     cfg: Config, notes: Sequence = (), runner_type: type[Runner] = Runner
 ) -> Any:
-    """Make the process group if needed, and the Runner.
+    """Make the Runner; the process group, if needed, must be there.
 
     Args:
         cfg (Config): The whole config.
@@ -327,7 +336,6 @@ def build_runner(
     Returns:
         Runner | FlexibleRunner: The Runner.
     """
-    prepare_process_group(cfg)
     if 'runner_type' in cfg:
         runner = RUNNERS.build(cfg)
     else:
@@ -344,11 +352,15 @@ def on_first_process() -> bool:
     return True
 
 
-def prepare_process_group(cfg: Config) -> None:
-    """Check the number of devices, and use gloo where there is no accelerator.
+def start_process_group(cfg: Config) -> None:
+    """Start the process group of a launcher, with gloo where there is no accelerator.
 
     MMEngine's launchers assume one; the Runner takes a process group that exists
     already as it is.
+
+    Args:
+        cfg (Config): With ``launcher``; nothing happens if it is ``'none'``. Without an
+            accelerator ``env_cfg``, ``model_wrapper_cfg`` and SyncBN are changed.
 
     Raises:
         LaunchError: If there are more processes than GPUs, or if a launcher other
@@ -356,16 +368,22 @@ def prepare_process_group(cfg: Config) -> None:
     """
     if cfg.launcher == 'none':
         return
-    if get_device() == 'cuda':
+    if get_device() == 'cpu':
+        _prepare_for_cpus(cfg)
+    elif get_device() == 'cuda':
         rank, count = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
         if cfg.launcher == 'pytorch' and rank >= count:
             raise LaunchError(
                 f'process {rank + 1} of this machine has no GPU: {count} visible. '
                 'Start as many processes as GPUs (CUDA_VISIBLE_DEVICES limits them).'
             )
-        return
-    if get_device() != 'cpu':
-        return
+    env_cfg = cfg.get('env_cfg') or {}
+    # first, since init_dist sets a start method that the Runner warns of
+    set_multi_processing(**env_cfg.get('mp_cfg', {}), distributed=True)
+    init_dist(cfg.launcher, **env_cfg.get('dist_cfg', {}))
+
+
+def _prepare_for_cpus(cfg: Config) -> None:
     if cfg.launcher != 'pytorch':
         raise LaunchError(
             f'--launcher {cfg.launcher} needs GPUs and none was found. Without GPUs '
@@ -377,7 +395,7 @@ def prepare_process_group(cfg: Config) -> None:
             logger='current',
             level=logging.WARNING,
         )
-    cfg.setdefault('env_cfg', {}).setdefault('dist_cfg', {})['backend'] = 'gloo'
+    cfg.merge_from_dict({'env_cfg.dist_cfg.backend': 'gloo'})
     cfg.setdefault(
         'model_wrapper_cfg',
         dict(
@@ -387,7 +405,6 @@ def prepare_process_group(cfg: Config) -> None:
             find_unused_parameters=cfg.get('find_unused_parameters', False),
         ),
     )
-    torch.distributed.init_process_group('gloo')
 
 
 def end_process_group(status: int = 0) -> None:

@@ -28,6 +28,7 @@ def main() -> int:
         figures = expected(cfg, args.config)
         cfg.load_from, cfg.resume = args.checkpoint, False
         report = launch.check_before_run(cfg, args, 'test')
+        launch.start_process_group(cfg)
         runner = launch.build_runner(cfg, report, EvaluationRunner)
         launch.check_start(runner, cfg, exact=True)
         if args.amp:

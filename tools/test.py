@@ -51,6 +51,7 @@ def main() -> None:
             augment_images(cfg)
         if args.out:
             write_predictions(cfg, args.out)
+        launch.start_process_group(cfg)
         runner = launch.build_runner(cfg, report, EvaluationRunner)
         launch.check_start(runner, cfg, exact=True)
         if args.amp:

@@ -40,12 +40,13 @@ def train(args: argparse.Namespace, cfg: launch.Config) -> None:
         launch.scale_learning_rate(cfg)
     if args.tensorboard:
         launch.log_for_tensorboard(cfg)
-    note = launch.choose_start(cfg, args.resume)
+    launch.start_process_group(cfg)
+    latest = launch.choose_start(cfg, args.resume)
     notes = launch.check_before_run(cfg, args, 'train')
-    if note:
-        notes.append((logging.WARNING, note))
+    if latest and latest.warning:
+        notes.append((logging.WARNING, latest.warning))
     runner = launch.build_runner(cfg, notes)
-    launch.check_start(runner, cfg)
+    launch.check_start(runner, cfg, latest)
     survive_log_errors(runner.logger)
     runner.train()
     launch.end_process_group()

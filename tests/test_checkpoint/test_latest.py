@@ -161,7 +161,7 @@ def test_refused_content_is_no_damage(run):
 def test_seed_of_the_run_is_kept(run):
     """Otherwise the images come in another order after each restart."""
     cfg = Config(dict(work_dir=str(run), load_from='start.pth'))
-    assert choose_start(cfg, 'auto') == ''
+    assert choose_start(cfg, 'auto').warning == ''
     assert cfg.resume and cfg.load_from == str(run / 'iter_100.pth')
     assert cfg.randomness.seed == 5
     cfg = Config(dict(work_dir=str(run), randomness=dict(seed=8, deterministic=True)))
@@ -172,9 +172,9 @@ def test_seed_of_the_run_is_kept(run):
 
 def test_first_start_and_config_without_resume(tmp_path, run):
     cfg = Config(dict(work_dir=str(tmp_path / 'new'), load_from='start.pth'))
-    assert choose_start(cfg, 'auto') == ''
+    assert choose_start(cfg, 'auto') is None
     assert not cfg.resume and cfg.load_from == 'start.pth'
-    assert choose_start(cfg, None) == '' and cfg.load_from == 'start.pth'
+    assert choose_start(cfg, None) is None and cfg.load_from == 'start.pth'
     cfg = Config(dict(work_dir=str(run), resume=True, load_from=None))
     choose_start(cfg, None)
     assert cfg.load_from == str(run / 'iter_100.pth')

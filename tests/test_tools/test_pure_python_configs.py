@@ -1,4 +1,4 @@
-"""Configs in pure Python, whose types are classes, as mmdet and mmpretrain ship some."""
+"""Configs in pure Python, whose types are classes, as mmdet has some."""
 
 import pickle
 
