@@ -370,7 +370,9 @@ def start_process_group(cfg: Config) -> None:
         return
     if get_device() == 'cpu':
         _prepare_for_cpus(cfg)
-    elif get_device() == 'cuda':
+        torch.distributed.init_process_group('gloo')
+        return
+    if get_device() == 'cuda':
         rank, count = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
         if cfg.launcher == 'pytorch' and rank >= count:
             raise LaunchError(
