@@ -132,7 +132,7 @@ def triton_head_interaction_attention(
 # Tensors of a block have shape (ROWS, KEYS), and a tuple holds one for each head.
 # A warp has one row, a thread LANE neighbouring keys of it. Loops over heads are
 # unrolled. Logarithms and exponentials have base 2: `weight` is W log2(e). Columns
-# of a tile beyond the last key hold zeros.
+# of a tile beyond the last key hold finite numbers, which no product reads.
 # ---------------------------------------------------------------------------------
 
 
@@ -334,12 +334,8 @@ def backward_kernel(
             p = tl.where(valid, tl.exp2(x), 0.0)
             t = tl.load(grads + place + first + i * step, mask=mask, other=0.0)
             grad = p * (r[i] * t.to(tl.float32) + c[i] * p - delta[i][:, None])
-            centred = tl.where(valid, p * num_keys - 1.0, 0.0)
-            tl.store(
-                scores + place + first + i * step,
-                centred.to(scores.dtype.element_ty),
-                mask=mask,
-            )
+            centred = (p * num_keys - 1.0).to(scores.dtype.element_ty)
+            tl.store(scores + place + first + i * step, centred, mask=mask)
             new_maps = ()
             for j in tl.static_range(HEADS):
                 part = _fold(grad * maps[j], LANE)
