@@ -11,11 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-try:
-    from mmrest.models.rest import ARCHS, ResT
-except ImportError:  # until the network is one file
-    from mmrest.models.arch import ARCHS
-    from mmrest.models.rest import ResT
+from mmrest.models.rest import ARCHS, ResT
 
 # Stages that feed the FPN. Requesting other stages would change the features.
 OUT_INDICES = {'mask_rcnn': (0, 1, 2, 3), 'retinanet': (1, 2, 3)}

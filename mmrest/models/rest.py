@@ -1,39 +1,458 @@
-"""ResT, an efficient multi-scale vision Transformer (arXiv:2105.13677)."""
+"""ResT, an efficient multi-scale vision Transformer (arXiv:2105.13677), in reading order.
+
+Four stages. Each begins with an entry (a stem, or a patch embedding that halves the
+map), which encodes the position, and goes on with Transformer blocks. Within a stage,
+features are tokens of shape (B, H * W, C). The same memory seen as a map of shape
+(B, C, H, W) is in channels_last order, so going from one to the other
+(:func:`to_map`, :func:`to_tokens`) copies nothing.
+
+The parameters have the names of the published ImageNet checkpoints. The parts that the
+paper compares with the published ones are in :mod:`mmrest.models.rest_ablations`.
+"""
 
 from collections.abc import Sequence
-from functools import partial
-from numbers import Integral
-from typing import Any, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
+from mmcv.cnn import build_norm_layer
+from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
 from ..checkpoint import load_pretrained
-from ..ops.attention import check_attn_impl
-from .arch import NUM_STAGES, resolve_arch
-from .batch_statistics import has_live_statistics, keep_statistics_when_repeated
-from .layers import Block, PatchEmbed, to_map, to_tokens
-from .parts import (
-    ATTENTIONS,
-    STEMS,
+from ..ops import (
+    attention,
+    check_attn_impl,
+    dense_head_interaction_attention,
+    gelu_mlp,
+    head_interaction_attention,
+)
+from ..ops.fast_path import is_plain, is_watched
+from .utils import (
+    NUM_STAGES,
     PartCfg,
     build_part,
-    build_position,
-    is_own_position,
+    check_frozen_stages,
+    check_norm_cfg,
+    check_out_indices,
+    checkpoint_module,
+    depthwise_conv,
+    freeze,
+    merge_pretrained,
+    resolve_arch,
+    to_map,
+    to_tokens,
 )
 
-_NORMS = (nn.LayerNorm, nn.GroupNorm, _BatchNorm)
+Size = tuple[int, int]
+
+
+class Arch(NamedTuple):
+    """Sizes of the four stages."""
+
+    embed_dims: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    depths: tuple[int, ...]
+    sr_ratios: tuple[int, ...]
+    mlp_ratios: tuple[float, ...] = (4, 4, 4, 4)
+
+
+# Table 1 of the paper
+ARCHS: dict[str, Arch] = {
+    'lite': Arch((64, 128, 256, 512), (1, 2, 4, 8), (2, 2, 2, 2), (8, 4, 2, 1)),
+    'small': Arch((64, 128, 256, 512), (1, 2, 4, 8), (2, 2, 6, 2), (8, 4, 2, 1)),
+    'base': Arch((96, 192, 384, 768), (1, 2, 4, 8), (2, 2, 6, 2), (8, 4, 2, 1)),
+    'large': Arch((96, 192, 384, 768), (1, 2, 4, 8), (2, 2, 18, 2), (8, 4, 2, 1)),
+}
+
+
+# ---------------------------------------------------------------- entries of the stages
+
+
+@MODELS.register_module('rest_pos_pa')
+class PixelAttention(nn.Module):
+    """``x * sigmoid(DWConv3x3(x))``, the positional encoding (section 3.3)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.pa_conv = depthwise_conv(dim, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.pa_conv(x).sigmoid()
+
+
+@MODELS.register_module('rest_stem_rest')
+class Stem(nn.Module):
+    """Three 3x3 convolutions with strides 2, 1, 2: a quarter of height and width.
+
+    An image (B, in_channels, H, W) becomes a map (B, dim, ceil(H / 4), ceil(W / 4)).
+    """
+
+    def __init__(
+        self, in_channels: int, dim: int, norm_cfg: dict, pos: nn.Module
+    ) -> None:
+        super().__init__()
+        mid = dim // 2
+        self.conv1 = nn.Conv2d(in_channels, mid, 3, stride=2, padding=1, bias=False)
+        self.norm1 = build_norm_layer(norm_cfg, mid)[1]
+        self.conv2 = nn.Conv2d(mid, mid, 3, stride=1, padding=1, bias=False)
+        self.norm2 = build_norm_layer(norm_cfg, mid)[1]
+        self.conv3 = nn.Conv2d(mid, dim, 3, stride=2, padding=1, bias=False)
+        self.act = nn.ReLU(inplace=True)
+        self.pos = pos
+
+    def forward(self, x: Tensor) -> Tensor:
+        # B, in_channels, H, W -> B, dim / 2, H / 2, W / 2
+        x = self.act(self.norm1(self.conv1(x)))
+        x = self.act(self.norm2(self.conv2(x)))
+        # -> B, dim, H / 4, W / 4
+        return self.pos(self.conv3(x))
+
+
+class PatchEmbed(nn.Module):
+    """Entry of stages 2 to 4: halves the map and encodes the position.
+
+    A map of shape (B, in_dim, H, W) becomes (B, dim, ceil(H / 2), ceil(W / 2)).
+    """
+
+    def __init__(self, in_dim: int, dim: int, norm_cfg: dict, pos: nn.Module) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_dim, dim, 3, stride=2, padding=1)
+        self.norm = build_norm_layer(norm_cfg, dim)[1]
+        self.pos = pos
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pos(self.norm(self.conv(x)))
+
+
+# ---------------------------------------------------------------- blocks
+
+
+class EMSA(nn.Module):
+    """Efficient multi-head self-attention (section 3.1).
+
+    A depthwise convolution reduces the map that keys and values come from. With
+    several heads, a 1x1 convolution lets their score maps interact, and an
+    InstanceNorm follows the softmax (equation 4). With a single head, it is plain
+    attention.
+
+    Args:
+        dim (int): Channels C of the tokens.
+        num_heads (int): Heads h; they divide ``dim``.
+        sr_ratio (int): Keys and values come from a map of
+            ceil(H / sr_ratio) x ceil(W / sr_ratio). Default: 1.
+        qkv_bias (bool): Whether queries, keys and values have a bias.
+            Default: True.
+        attn_drop (float): Dropout on the attention map. Default: 0.
+        proj_drop (float): Dropout after the projection. Default: 0.
+        attn_impl (str): See :func:`mmrest.ops.head_interaction_attention`.
+            Default: ``'auto'``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        sr_ratio: int = 1,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        attn_impl: str = 'auto',
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.scale = self.head_dim**-0.5
+        self.sr_ratio = sr_ratio
+        self.attn_drop = attn_drop
+        self.attn_impl = check_attn_impl(attn_impl)
+
+        self.q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.kv = nn.Linear(dim, dim * 2, bias=qkv_bias)
+        if sr_ratio > 1:
+            self.sr = depthwise_conv(
+                dim, kernel_size=sr_ratio + 1, stride=sr_ratio, padding=sr_ratio // 2
+            )
+            self.sr_norm = nn.LayerNorm(dim)
+        if num_heads > 1:
+            self.transform_conv = nn.Conv2d(num_heads, num_heads, kernel_size=1)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, size: Size) -> Tensor:
+        # B, N, C -> B, h, N, d
+        q = self.split_heads(self.q(x))
+        # B, N, C -> B, M, C -> B, M, 2C -> twice B, h, M, d
+        k, v = self.kv(self.reduce(x, size)).chunk(2, dim=-1)
+        x = self.attend(q, self.split_heads(k), self.split_heads(v))
+        # B, h, N, d -> B, N, C
+        x = x.transpose(1, 2).flatten(2)
+        return self.proj_drop(self.proj(x))
+
+    def reduce(self, x: Tensor, size: Size) -> Tensor:
+        """The tokens that keys and values come from, of shape (B, M, C)."""
+        if self.sr_ratio == 1:
+            return x
+        # B, N, C -> B, C, H, W -> B, C, H / sr, W / sr -> B, M, C
+        return self.sr_norm(to_tokens(self.sr(to_map(x, size))))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The output of each head, of shape (B, h, N, d)."""
+        drop = self.attn_drop if self.training else 0.0
+        if self.num_heads == 1:
+            return attention(q, k, v, self.scale, drop, self.attn_impl)
+        if self.attn_impl == 'dense' or self._transform_must_be_called(q):
+            return dense_head_interaction_attention(
+                q, k, v, self.transform_conv, self.scale, dropout_p=drop
+            )
+        return head_interaction_attention(
+            q,
+            k,
+            v,
+            self.transform_conv.weight,
+            self.transform_conv.bias,
+            self.scale,
+            dropout_p=drop,
+            attn_impl=self.attn_impl,
+        )
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """B, N, C -> B, h, N, d"""
+        shape = (x.shape[0], x.shape[1], self.num_heads, self.head_dim)
+        return x.reshape(shape).transpose(1, 2)
+
+    def _transform_must_be_called(self, q: Tensor) -> bool:
+        """Whether reading the weight of ``transform_conv`` could be told from a call."""
+        conv = self.transform_conv
+        if torch.compiler.is_compiling() and is_plain(conv, nn.Conv2d):
+            return False  # a compiler takes the operator as it is
+        return (
+            is_watched(q)
+            or not is_plain(conv, nn.Conv2d)
+            or conv.weight.shape != (self.num_heads, self.num_heads, 1, 1)
+        )
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, linear, on each token."""
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu_mlp(x, self.fc1, self.act, self.drop, self.fc2)
+
+
+class Block(nn.Module):
+    """``x + attn(LN(x))``, then ``x + MLP(LN(x))`` (equations 7 and 8)."""
+
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        mlp_ratio: float = 4.0,
+        drop: float = 0.0,
+        drop_path: float = 0.0,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, norm_eps)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim, norm_eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(self, x: Tensor, size: Size) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x), size))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class Stage(nn.ModuleList):
+    """The blocks of a stage, on tokens (B, H * W, C) of a map of ``size`` (H, W)."""
+
+    with_cp = False
+
+    def forward(self, x: Tensor, size: Size) -> Tensor:
+        for block in self:
+            x = checkpoint_module(block, x, size) if self.with_cp else block(x, size)
+        return x
+
+
+# ---------------------------------------------------------------- the network
+
+
+class BaseResT(BaseModule):
+    """What the generations of ResT share: arguments, freezing, modes, weights.
+
+    A subclass builds an entry and a :class:`Stage` for each stage and names them in
+    ``entry_names``; it computes the outputs in ``forward``.
+
+    Args:
+        arch (Arch): Sizes of the stages.
+
+    The other arguments are those of :class:`ResT`.
+    """
+
+    entry_names: tuple[str, ...]
+
+    def __init__(
+        self,
+        arch: Any,
+        in_channels: int,
+        out_indices: Sequence[int],
+        frozen_stages: int,
+        norm_eval: bool,
+        with_cp: bool,
+        attn_impl: str,
+        pretrained: Optional[str],
+        init_cfg: Union[dict, list, None],
+    ) -> None:
+        super().__init__(init_cfg=merge_pretrained(init_cfg, pretrained))
+        self.arch = arch
+        self.in_channels = in_channels
+        self.out_indices = check_out_indices(out_indices)
+        self.frozen_stages = check_frozen_stages(frozen_stages)
+        self.norm_eval = norm_eval
+        self.with_cp = with_cp
+        self.attn_impl = check_attn_impl(attn_impl)
+        self.num_stages = self.out_indices[-1] + 1
+
+    def drop_path_rates(self, drop_path_rate: float) -> list[list[float]]:
+        """The rate of each block of each stage: linear from 0 to the given one."""
+        total = sum(self.arch.depths)
+        rates = [drop_path_rate * j / max(1, total - 1) for j in range(total)]
+        starts = [sum(self.arch.depths[:i]) for i in range(NUM_STAGES)]
+        return [
+            rates[start : start + depth]
+            for start, depth in zip(starts, self.arch.depths)
+        ]
+
+    def entry(self, i: int) -> nn.Module:
+        """The stem or patch embedding of stage i + 1."""
+        return getattr(self, self.entry_names[i])
+
+    def stage(self, i: int) -> Stage:
+        """The blocks of stage i + 1."""
+        return getattr(self, f'stage{i + 1}')
+
+    def check_image(self, x: Tensor) -> None:
+        """Raise a ValueError unless x has shape (B, in_channels, H, W)."""
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f'{type(self).__name__} takes images of shape '
+                f'(B, {self.in_channels}, H, W), found {tuple(x.shape)}'
+            )
+
+    def enter(self, i: int, x: Tensor) -> Tensor:
+        """Call the entry of stage i + 1, recomputed in the backward pass if asked."""
+        entry = self.entry(i)
+        return checkpoint_module(entry, x) if self.with_cp else entry(x)
+
+    def train(self, mode: bool = True) -> 'BaseResT':
+        """Set the mode; frozen parts and ``norm_eval`` norms stay as they are."""
+        super().train(mode)
+        self.freeze_stages()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def freeze_stages(self) -> None:
+        """Freeze what ``frozen_stages`` asks for."""
+        if self.frozen_stages >= 0:
+            freeze(self.entry(0))
+        for i in range(min(self.frozen_stages, self.num_stages)):
+            freeze(self.entry(i))
+            freeze(self.stage(i))
+
+    def init_weights(self) -> None:
+        """Read the checkpoint that ``init_cfg`` names, or draw the weights."""
+        if self.init_cfg is None:
+            self._draw_weights()
+            return
+        cfgs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg]
+        if len(cfgs) != 1 or cfgs[0].get('type') != 'Pretrained':
+            super().init_weights()
+            return
+        # what a checkpoint lacks is drawn
+        self._draw_weights()
+        options = {key: value for key, value in cfgs[0].items() if key != 'type'}
+        load_pretrained(
+            self,
+            options.pop('checkpoint'),
+            allow_missing=self.names_not_in_checkpoints(),
+            allow_unexpected=self.names_only_in_checkpoints(),
+            **options,
+        )
+        self._is_init = True
+
+    def _draw_weights(self) -> None:
+        """Truncated normal, std 0.02, for weights; linear biases 0; norms 1 and 0."""
+        for module in self._modules_to_draw():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+            is_norm = isinstance(module, (nn.LayerNorm, nn.GroupNorm, _BatchNorm))
+            if is_norm and module.weight is not None:
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def _modules_to_draw(self) -> list[nn.Module]:
+        """All but positional encodings of other packages, which draw their own."""
+        entries = [self.entry(i) for i in range(self.num_stages)]
+        encodings = [entry.pos for entry in entries if hasattr(entry, 'pos')]
+        foreign = {
+            module
+            for encoding in encodings
+            if not type(encoding).__module__.startswith('mmrest.')
+            for module in encoding.modules()
+        }
+        return [module for module in self.modules() if module not in foreign]
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Say how deep a parameter lies, for layer-wise learning-rate decay.
+
+        The stem is layer 0, the blocks count from 1 on, and the entry of a stage
+        belongs to the block before it, as in mmpretrain's Swin. The norms of the
+        outputs and all that does not begin with ``prefix`` are the last layer.
+
+        Args:
+            param_name (str): Name of the parameter.
+            prefix (str): What the names of this backbone begin with. Default: ''.
+
+        Returns:
+            tuple[int, int]: The layer and the number of layers.
+        """
+        depths = self.arch.depths[: self.num_stages]
+        num_layers = sum(depths) + 2
+        name = param_name[len(prefix) :] if param_name.startswith(prefix) else ''
+        for i in range(self.num_stages):
+            if name.startswith(f'{self.entry_names[i]}.'):
+                return sum(depths[:i]), num_layers
+            if name.startswith(f'stage{i + 1}.'):
+                return sum(depths[:i]) + int(name.split('.')[1]) + 1, num_layers
+        return num_layers - 1, num_layers
+
+    def names_not_in_checkpoints(self) -> tuple[str, ...]:
+        """Modules that ImageNet checkpoints do not hold."""
+        raise NotImplementedError
+
+    def names_only_in_checkpoints(self) -> tuple[str, ...]:
+        """Modules that a checkpoint of this arch may hold and this model lacks."""
+        raise NotImplementedError
 
 
 @MODELS.register_module()
-class ResT(BaseModule):
+class ResT(BaseResT):
     """ResT backbone.
-
-    The parameters have the names of the published ImageNet checkpoints.
 
     Args:
         arch (str | dict): ``'lite'``, ``'small'``, ``'base'``, ``'large'``, or a
@@ -69,18 +488,20 @@ class ResT(BaseModule):
             :func:`mmrest.ops.head_interaction_attention`. Default: ``'auto'``.
         stem_cfg (str | dict): ``'rest'``, ``'resnet'`` or ``'patch'``, alone or as
             ``type`` of a dict with options, as the next two; see
-            :mod:`mmrest.models.stems`. Default: ``'rest'``.
-        pos_cfg (str | dict): The positional encoding of every stage: ``'pa'``,
-            ``'gl'``, ``'le'``, ``'none'``, see :mod:`mmrest.models.positions`, or
-            any registered module that maps a map to one of the same shape.
-            Default: ``'pa'``.
+            :mod:`mmrest.models.rest_ablations`. Default: ``'rest'``.
+        pos_cfg (str | dict): The positional encoding of every stage: ``'pa'`` (pixel
+            attention), ``'gl'`` (a residual depthwise convolution), ``'le'`` (a
+            learnable embedding), ``'none'``, or any registered module that maps a map
+            to one of the same shape. Default: ``'pa'``.
         attn_cfg (str | dict): ``'emsa'``, ``'emsa_without_norm'``,
-            ``'emsa_without_both'`` or ``'msa'``, see
-            :mod:`mmrest.models.attentions`. Default: ``'emsa'``.
-        init_cfg (dict, optional): ``dict(type='Pretrained', checkpoint=...)``
-            reads a published or own checkpoint, see
-            :func:`mmrest.checkpoint.load_pretrained`. Without it, weights are
-            drawn as published: truncated normal with standard deviation 0.02.
+            ``'emsa_without_both'`` or ``'msa'``. Default: ``'emsa'``.
+        pretrained (str, optional): Deprecated, as in mmseg: a checkpoint, instead of
+            ``init_cfg``.
+        init_cfg (dict | list[dict], optional): ``dict(type='Pretrained',
+            checkpoint=...)`` reads a published or own checkpoint, see
+            :func:`mmrest.checkpoint.load_pretrained`, whose ``prefix`` and
+            ``adapt_input`` it may hold too. Without it, weights are drawn as published:
+            truncated normal with standard deviation 0.02.
 
     Raises:
         ValueError: If an argument is not one of those described.
@@ -94,6 +515,12 @@ class ResT(BaseModule):
         >>> [tuple(out.shape) for out in outs]
         [(1, 64, 63, 84), (1, 128, 32, 42), (1, 256, 16, 21), (1, 512, 8, 11)]
     """
+
+    entry_names = ('stem', 'patch_embed_2', 'patch_embed_3', 'patch_embed_4')
+    # the classifier's final norm serves stage 4
+    out_norm_names = ('norm1', 'norm2', 'norm3', 'norm')
+    # no class token or the like, for the CAM tools of mmpretrain
+    num_extra_tokens = 0
 
     def __init__(
         self,
@@ -113,34 +540,34 @@ class ResT(BaseModule):
         stem_cfg: PartCfg = 'rest',
         pos_cfg: PartCfg = 'pa',
         attn_cfg: PartCfg = 'emsa',
-        init_cfg: Optional[dict] = None,
+        pretrained: Optional[str] = None,
+        init_cfg: Union[dict, list, None] = None,
     ) -> None:
-        super().__init__(init_cfg=init_cfg)
-        self.arch = resolve_arch(arch)
-        self.in_channels = in_channels
-        self.out_indices = _check_out_indices(out_indices)
-        self.frozen_stages = _check_frozen_stages(frozen_stages)
-        self.norm_eval = norm_eval
-        self.with_cp = with_cp
+        super().__init__(
+            resolve_arch(arch, ARCHS),
+            in_channels,
+            out_indices,
+            frozen_stages,
+            norm_eval,
+            with_cp,
+            attn_impl,
+            pretrained,
+            init_cfg,
+        )
         if out_norm not in ('chain', 'branch'):
             raise ValueError(
                 f"out_norm must be 'chain' or 'branch', found {out_norm!r}"
             )
         self.out_norm = out_norm
-        check_attn_impl(attn_impl)
+        check_norm_cfg(norm_cfg)
 
-        dims, depths = self.arch.embed_dims, self.arch.depths
-        num_blocks = sum(depths)
-        drop_paths = [
-            drop_path_rate * j / max(1, num_blocks - 1) for j in range(num_blocks)
-        ]
-        self.num_stages = self.out_indices[-1] + 1
+        dims, heads, depths, sr_ratios, mlp_ratios = self.arch
+        drop_paths = self.drop_path_rates(drop_path_rate)
         for i in range(self.num_stages):
-            pos = build_position(pos_cfg, dims[i], map_stride=4 * 2**i)
+            pos = build_part('pos', pos_cfg, dim=dims[i], map_stride=4 * 2**i)
             if i == 0:
                 self.stem = build_part(
-                    STEMS,
-                    'stem_cfg',
+                    'stem',
                     stem_cfg,
                     in_channels=in_channels,
                     dim=dims[0],
@@ -149,34 +576,32 @@ class ResT(BaseModule):
                 )
             else:
                 patch_embed = PatchEmbed(dims[i - 1], dims[i], norm_cfg, pos)
-                self.add_module(f'patch_embed_{i + 1}', patch_embed)
-            first = sum(depths[:i])
-            blocks = nn.ModuleList(
+                self.add_module(self.entry_names[i], patch_embed)
+            stage = Stage(
                 Block(
                     dim=dims[i],
                     attn=build_part(
-                        ATTENTIONS,
-                        'attn_cfg',
+                        'attn',
                         attn_cfg,
                         dim=dims[i],
-                        num_heads=self.arch.num_heads[i],
-                        sr_ratio=self.arch.sr_ratios[i],
+                        num_heads=heads[i],
+                        sr_ratio=sr_ratios[i],
                         qkv_bias=qkv_bias,
                         attn_drop=attn_drop_rate,
                         proj_drop=drop_rate,
                         attn_impl=attn_impl,
                     ),
-                    mlp_ratio=self.arch.mlp_ratios[i],
+                    mlp_ratio=mlp_ratios[i],
                     drop=drop_rate,
-                    drop_path=drop_paths[first + j],
+                    drop_path=drop_paths[i][j],
                 )
                 for j in range(depths[i])
             )
-            self.add_module(f'stage{i + 1}', blocks)
+            stage.with_cp = with_cp
+            self.add_module(f'stage{i + 1}', stage)
         for i in self.out_indices:
-            self.add_module(self._out_norm_name(i), nn.LayerNorm(dims[i]))
-
-        self._freeze_stages()
+            self.add_module(self.out_norm_names[i], nn.LayerNorm(dims[i]))
+        self.freeze_stages()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Compute the maps of the requested stages.
@@ -188,22 +613,17 @@ class ResT(BaseModule):
             tuple[Tensor, ...]: For each of ``out_indices`` a map of shape
             (B, C_i, ceil(H / 4 / 2**i), ceil(W / 4 / 2**i)), contiguous.
         """
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f'ResT takes images of shape (B, {self.in_channels}, H, W), '
-                f'found {tuple(x.shape)}'
-            )
+        self.check_image(x)
         x = x.contiguous(memory_format=torch.channels_last)
         outs = []
         for i in range(self.num_stages):
-            x = self._run(self._entry(i), x)
+            # B, C, H, W -> B, C_i, H_i, W_i
+            x = self.enter(i, x)
             size = (x.shape[2], x.shape[3])
-            # B, C, H, W -> B, N, C
-            x = to_tokens(x)
-            for block in self._blocks(i):
-                x = self._run(block, x, size)
+            # B, C_i, H_i, W_i -> B, N, C_i
+            x = self.stage(i)(to_tokens(x), size)
             if i in self.out_indices:
-                out = getattr(self, self._out_norm_name(i))(x)
+                out = getattr(self, self.out_norm_names[i])(x)
                 if self.out_norm == 'chain':
                     x = out
                 # contiguous: mmcv's RoIAlign reads channels_last maps of a CPU wrongly
@@ -211,156 +631,16 @@ class ResT(BaseModule):
             x = to_map(x, size)
         return tuple(outs)
 
-    def init_weights(self) -> None:
-        """Read the checkpoint that ``init_cfg`` names, or draw the weights."""
-        if self.init_cfg is None:
-            self._draw_weights()
-            return
-        pretrained = self._pretrained_cfg()
-        if pretrained is None:
-            super().init_weights()
-            return
-        # what a checkpoint lacks (norm1..3) is drawn
-        self._draw_weights()
-        load_pretrained(
-            self,
-            pretrained['checkpoint'],
-            may_be_new=self._may_be_new(),
-            may_be_unused=self._may_be_unused(),
-            prefix=pretrained.get('prefix'),
+    def names_not_in_checkpoints(self) -> tuple[str, ...]:
+        return tuple(
+            self.out_norm_names[i] for i in self.out_indices if i < NUM_STAGES - 1
         )
-        self._is_init = True
 
-    def train(self, mode: bool = True) -> 'ResT':
-        """Set the mode; frozen parts and ``norm_eval`` norms stay as they are."""
-        super().train(mode)
-        self._freeze_stages()
-        if mode and self.norm_eval:
-            for module in self.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
-        return self
-
-    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """Say how deep a parameter lies, for layer-wise learning-rate decay.
-
-        The stem is layer 0, the blocks count from 1 on, and the entry of a stage
-        belongs to the block before it, as in mmpretrain's Swin. The norms of the
-        outputs and all that does not begin with ``prefix`` are the last layer.
-
-        Args:
-            param_name (str): Name of the parameter.
-            prefix (str): What the names of this backbone begin with. Default: ''.
-
-        Returns:
-            tuple[int, int]: The layer and the number of layers.
-        """
-        depths = self.arch.depths[: self.num_stages]
-        num_layers = sum(depths) + 2
-        name = param_name[len(prefix) :] if param_name.startswith(prefix) else ''
-        if name.startswith('stem.'):
-            return 0, num_layers
-        for i in range(self.num_stages):
-            if name.startswith(f'patch_embed_{i + 1}.'):
-                return sum(depths[:i]), num_layers
-            if name.startswith(f'stage{i + 1}.'):
-                return sum(depths[:i]) + int(name.split('.')[1]) + 1, num_layers
-        return num_layers - 1, num_layers
-
-    def _run(self, module: nn.Module, *args: Any) -> Tensor:
-        """Call a module, with ``with_cp`` so that it stores its inputs alone."""
-        if not self.with_cp or not torch.is_grad_enabled():
-            return module(*args)
-        options = {}
-        if has_live_statistics(module):
-            if torch.compiler.is_compiling():  # which knows no context_fn
-                return module(*args)
-            options['context_fn'] = partial(keep_statistics_when_repeated, module)
-        return checkpoint(module, *args, use_reentrant=False, **options)
-
-    def _freeze_stages(self) -> None:
-        if self.frozen_stages >= 0:
-            _freeze(self.stem)
-        for i in range(min(self.frozen_stages, self.num_stages)):
-            _freeze(self._entry(i))
-            _freeze(self._blocks(i))
-
-    def _entry(self, i: int) -> nn.Module:
-        return self.stem if i == 0 else getattr(self, f'patch_embed_{i + 1}')
-
-    def _blocks(self, i: int) -> nn.ModuleList:
-        return getattr(self, f'stage{i + 1}')
-
-    @staticmethod
-    def _out_norm_name(i: int) -> str:
-        # the classifier's final norm serves stage 4
-        return 'norm' if i == NUM_STAGES - 1 else f'norm{i + 1}'
-
-    def _draw_weights(self) -> None:
-        for module in self._modules_to_draw():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-            if isinstance(module, _NORMS) and module.weight is not None:
-                nn.init.ones_(module.weight)
-                nn.init.zeros_(module.bias)
-
-    def _modules_to_draw(self) -> list[nn.Module]:
-        """All but foreign positional encodings, which have drawn their own."""
-        entries = [self._entry(i) for i in range(self.num_stages)]
-        encodings = [entry.pos for entry in entries if hasattr(entry, 'pos')]
-        foreign = {m for e in encodings if not is_own_position(e) for m in e.modules()}
-        return [module for module in self.modules() if module not in foreign]
-
-    def _pretrained_cfg(self) -> Optional[dict]:
-        """``init_cfg`` if it names a checkpoint and nothing else."""
-        cfgs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg]
-        if len(cfgs) == 1 and cfgs[0].get('type') == 'Pretrained':
-            return cfgs[0]
-        return None
-
-    def _may_be_new(self) -> tuple[str, ...]:
-        """Modules that ImageNet checkpoints do not hold."""
-        indices = [i for i in self.out_indices if i < NUM_STAGES - 1]
-        return tuple(self._out_norm_name(i) for i in indices)
-
-    def _may_be_unused(self) -> tuple[str, ...]:
-        """Modules that a checkpoint of this arch may hold and this model lacks."""
+    def names_only_in_checkpoints(self) -> tuple[str, ...]:
         absent = {'head'}
         for i in range(NUM_STAGES):
             if i not in self.out_indices:
-                absent.add(self._out_norm_name(i))
+                absent.add(self.out_norm_names[i])
             if i >= self.num_stages:
-                absent.update((f'patch_embed_{i + 1}', f'stage{i + 1}'))
+                absent.update((self.entry_names[i], f'stage{i + 1}'))
         return tuple(sorted(absent))
-
-
-def _freeze(module: nn.Module) -> None:
-    module.eval()
-    for param in module.parameters():
-        param.requires_grad = False
-
-
-def _check_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
-    indices = tuple(out_indices) if isinstance(out_indices, (list, tuple)) else ()
-    in_range = all(_is_int(i) and 0 <= i < NUM_STAGES for i in indices)
-    if not indices or not in_range or list(indices) != sorted(set(indices)):
-        raise ValueError(
-            f'out_indices must be ascending stage indices from 0 to {NUM_STAGES - 1} '
-            f'(at least one), found {out_indices!r}'
-        )
-    return indices
-
-
-def _check_frozen_stages(frozen_stages: int) -> int:
-    if not _is_int(frozen_stages) or not -1 <= frozen_stages <= NUM_STAGES:
-        raise ValueError(
-            'frozen_stages must be an integer from -1 (nothing) over 0 (stem) to '
-            f'{NUM_STAGES} (everything but the output norms), found {frozen_stages!r}'
-        )
-    return frozen_stages
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -6,7 +6,7 @@ variance before it meets v. Every row of P sums to 1, so
 
 * the mean of a map is exactly 1/M, whatever its content;
 * the bias of the 1x1 convolution is constant along a row and cancels in the
-  softmax, so it is no argument here and its gradient is 0;
+  softmax, so its gradient is 0;
 * with the centred map C = P - 1/M, the variance is ``sum(C^2) / (N M)`` and
   ``out = r C v`` where ``r = rsqrt(variance + eps)``.
 
@@ -27,16 +27,38 @@ rescaled map in ``C v`` and masks ``G v^T`` alike. A tile's mask is drawn from a
 generator seeded for this tile, and so is the same in both passes.
 
 Tiles are computed in float32 (float64 for float64 inputs). For half-precision
-inputs the matrix products alone run in the inputs' type.
+inputs the matrix products alone run in the inputs' type. In float16 they hold what
+the published operations hold there: the normalised map ``r C`` where it meets G, and
+``G v^T`` before r, which is about 300 at a thousand keys, multiplies it.
+
+The operator ``mmrest::head_interaction_attention`` has a shape function, so that
+torch.compile and torch.export keep it as one node, and an autograd formula, which
+is an operator too.
 """
 
+import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
-from .tiling import Tile
+# Bytes of one tile's scores. Four tiles of this size (scores, probabilities and
+# their gradients) are alive at once, so on a CPU they should stay within the
+# last-level cache; a GPU wants work enough to fill it.
+CPU_TILE_BYTES = 4 * 2**20
+GPU_TILE_BYTES = 128 * 2**20
+# Below this many rows a matrix product loses more speed than the cache gives.
+MIN_ROWS = 64
+
+# ---------------------------------------------------------------- tiles
+
+
+class Tile(NamedTuple):
+    """The part of a batch of score maps that is computed at once."""
+
+    images: int
+    rows: int
 
 
 class _Span(NamedTuple):
@@ -47,6 +69,55 @@ class _Span(NamedTuple):
     index: int
 
 
+def tile_bytes(device: torch.device) -> int:
+    """Bytes that the scores of one tile may take.
+
+    The environment variable ``MMREST_TILE_BYTES`` overrides the default (4 MiB
+    on a CPU, 128 MiB elsewhere).
+
+    Raises:
+        ValueError: If ``MMREST_TILE_BYTES`` is not a positive integer.
+    """
+    override = os.environ.get('MMREST_TILE_BYTES')
+    if override is None:
+        return CPU_TILE_BYTES if device.type == 'cpu' else GPU_TILE_BYTES
+    if not override.isdecimal() or int(override) == 0:
+        raise ValueError(
+            'MMREST_TILE_BYTES must be a positive integer (bytes of one tile of '
+            f'attention scores), found {override!r}'
+        )
+    return int(override)
+
+
+def choose_tile(q: Tensor, num_keys: int, tile_rows: Optional[int] = None) -> Tile:
+    """Choose the tile for queries of shape (B, h, N, d) and ``num_keys`` keys.
+
+    Whole images are taken together while they fit into :func:`tile_bytes`;
+    otherwise one image is cut into equal tiles of at least ``MIN_ROWS`` rows.
+
+    Args:
+        q (Tensor): Queries, of shape (B, h, N, d).
+        num_keys (int): Number of keys M.
+        tile_rows (int, optional): Query rows of a tile, instead of the number
+            that follows from the memory budget.
+
+    Raises:
+        ValueError: If ``tile_rows`` is not positive.
+    """
+    batch, heads, num_queries, _ = q.shape
+    if tile_rows is not None:
+        if tile_rows < 1:
+            raise ValueError(f'tile_rows must be at least 1, found {tile_rows}')
+        return Tile(images=1, rows=tile_rows)
+    row_bytes = max(1, heads * num_keys * max(4, q.element_size()))
+    rows = max(MIN_ROWS, tile_bytes(q.device) // row_bytes)
+    if rows >= num_queries:
+        images = max(1, min(batch, rows // max(1, num_queries)))
+        return Tile(images=images, rows=max(1, num_queries))
+    num_tiles = -(-num_queries // rows)
+    return Tile(images=1, rows=-(-num_queries // num_tiles))
+
+
 def _spans(batch: int, num_queries: int, tile: Tile) -> Iterator[_Span]:
     index = 0
     for b in range(0, batch, tile.images):
@@ -54,10 +125,6 @@ def _spans(batch: int, num_queries: int, tile: Tile) -> Iterator[_Span]:
             images = slice(b, min(b + tile.images, batch))
             yield _Span(images, slice(n, min(n + tile.rows, num_queries)), index)
             index += 1
-
-
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class _Workspace:
@@ -74,6 +141,13 @@ class _Workspace:
         """Buffer ``number`` as a contiguous (images, heads, rows, M) tensor."""
         size = images * heads * rows * self.num_keys
         return self.buffers[number, :size].view(images, heads, rows, self.num_keys)
+
+
+# ---------------------------------------------------------------- arithmetic
+
+
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _bmm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -111,6 +185,17 @@ def _dropout_mask(like: Tensor, p: float, seed: int) -> Tensor:
     generator = torch.Generator(device=like.device).manual_seed(seed)
     keep = torch.empty_like(like).bernoulli_(1.0 - p, generator=generator)
     return keep.div_(1.0 - p)
+
+
+def _accumulate(total: Tensor, images: slice, maps: Tensor, tokens: Tensor) -> None:
+    """``total[images] += maps^T @ tokens``."""
+    target = total[images].flatten(0, 1)
+    maps = maps.flatten(0, 1).transpose(-2, -1)
+    tokens = tokens.flatten(0, 1)
+    if tokens.dtype == target.dtype:
+        target.baddbmm_(maps, tokens)
+    else:
+        target += torch.bmm(maps.to(tokens.dtype), tokens)
 
 
 def tiled_forward(
@@ -195,6 +280,7 @@ def tiled_backward(
     batch, heads, num_queries, dim = q.shape
     num_keys = k.shape[2]
     dtype = _accumulation_dtype(q.dtype)
+    is_narrow = q.dtype == torch.float16
     mix = weight.to(dtype)
     unmix = mix.t().contiguous()
     grad_q = q.new_empty(batch, num_queries, heads, dim).transpose(1, 2)
@@ -208,7 +294,11 @@ def tiled_backward(
 
     for images, rows, index in _spans(batch, num_queries, tile):
         q_tile = q[images, :, rows] * scale
-        grad_tile = (grad[images, :, rows].to(dtype) * rstd[images]).to(v.dtype)
+        r_tile = rstd[images]
+        # r must not meet G in float16, see above; elsewhere that saves two passes
+        grad_tile = grad[images, :, rows].to(v.dtype if is_narrow else dtype)
+        if not is_narrow:
+            grad_tile = (grad_tile * r_tile).to(v.dtype)
         shape = q_tile.shape[:3]
         k_tile, v_tile = k[images], v[images]
         # images, h, rows, M
@@ -217,6 +307,9 @@ def tiled_backward(
         _bmm(grad_tile, v_tile.transpose(-2, -1), out=grad_attn)
 
         torch.sub(attn, 1.0 / num_keys, out=centred)
+        if is_narrow:
+            grad_attn.mul_(r_tile)
+            centred.mul_(r_tile)
         if dropout_p > 0.0:
             mask = _dropout_mask(attn, dropout_p, seed + index)
             grad_attn.mul_(mask)
@@ -233,18 +326,124 @@ def tiled_backward(
         )
         # scores have served: their buffer takes their gradient
         grad_scores = _mix_heads(unmix, grad_attn, out=scores).to(q.dtype)
-        grad_q[images, :, rows] = (grad_scores @ k_tile) * scale
+        grad_q[images, :, rows] = grad_scores @ (k_tile * scale)
         _accumulate(grad_k, images, grad_scores, q_tile)
 
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_weight.to(weight.dtype)
 
 
-def _accumulate(total: Tensor, images: slice, maps: Tensor, tokens: Tensor) -> None:
-    """``total[images] += maps^T @ tokens``."""
-    target = total[images].flatten(0, 1)
-    maps = maps.flatten(0, 1).transpose(-2, -1)
-    tokens = tokens.flatten(0, 1)
-    if tokens.dtype == target.dtype:
-        target.baddbmm_(maps, tokens)
-    else:
-        target += torch.bmm(maps.to(tokens.dtype), tokens)
+# ---------------------------------------------------------------- the operator
+
+
+def tiled_head_interaction_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    scale: float,
+    eps: float,
+    dropout_p: float = 0.0,
+    tile_rows: Optional[int] = None,
+) -> Tensor:
+    """The attention as an operator that autograd and compilers know.
+
+    Arguments and result as in :func:`mmrest.ops.head_interaction_attention`, with
+    ``weight`` of shape (h, h). It can be differentiated once.
+    """
+    seed = None
+    if dropout_p > 0.0:
+        seed = torch.randint(2**62, (), dtype=torch.int64, device='cpu')
+    out, _ = _forward_op(
+        q, k, v, weight, bias, scale, eps, dropout_p, seed, tile_rows
+    )
+    return out
+
+
+@torch.library.custom_op('mmrest::head_interaction_attention', mutates_args=())
+def _forward_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    scale: float,
+    eps: float,
+    dropout_p: float,
+    seed: Optional[Tensor],
+    tile_rows: Optional[int],
+) -> tuple[Tensor, Tensor]:
+    tile = choose_tile(q, k.shape[2], tile_rows)
+    with torch.autocast(q.device.type, enabled=False):
+        return tiled_forward(q, k, v, weight, scale, eps, tile, dropout_p, _value(seed))
+
+
+@torch.library.custom_op('mmrest::head_interaction_attention_backward', mutates_args=())
+def _backward_op(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    rstd: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Optional[Tensor],
+    tile_rows: Optional[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tile = choose_tile(q, k.shape[2], tile_rows)
+    with torch.autocast(q.device.type, enabled=False):
+        return tiled_backward(
+            grad, q, k, v, weight, out, rstd, scale, tile, dropout_p, _value(seed)
+        )
+
+
+def _value(seed: Optional[Tensor]) -> int:
+    return 0 if seed is None else int(seed)
+
+
+@_forward_op.register_fake
+def _(q, k, v, weight, bias, scale, eps, dropout_p, seed, tile_rows):  # noqa: ANN001
+    batch, heads, num_queries, dim = q.shape
+    dtype = _accumulation_dtype(q.dtype)
+    out = q.new_empty(batch, num_queries, heads, dim).transpose(1, 2)
+    return out, q.new_empty(batch, heads, 1, 1, dtype=dtype)
+
+
+@_backward_op.register_fake
+def _(grad, q, k, v, weight, out, rstd, scale, dropout_p, seed, tile_rows):  # noqa: ANN001
+    batch, heads, num_queries, dim = q.shape
+    grad_q = q.new_empty(batch, num_queries, heads, dim).transpose(1, 2)
+    return grad_q, *(t.new_empty(t.shape) for t in (k, v, weight))
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, weight, bias, scale, _, dropout_p, seed, tile_rows = inputs
+    out, rstd = output
+    ctx.save_for_backward(q, k, v, weight, bias, out, rstd, seed)
+    ctx.scale, ctx.dropout_p, ctx.tile_rows = scale, dropout_p, tile_rows
+    ctx.mark_non_differentiable(rstd)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Optional[Tensor], ...]:
+    q, k, v, weight, bias, out, rstd, seed = ctx.saved_tensors
+    grads = _backward_op(
+        grad, q, k, v, weight, out, rstd,
+        ctx.scale, ctx.dropout_p, seed, ctx.tile_rows,
+    )  # fmt: skip
+    # exactly 0, and not None: the parameter takes part in the computation, so
+    # DistributedDataParallel must not find it unused
+    grad_bias = None if bias is None else torch.zeros_like(bias)
+    return (*grads, grad_bias, None, None, None, None, None)
+
+
+def _refuse_second_order(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        'the tiled attention has no second-order gradients; build the model with '
+        "attn_impl='dense' to differentiate twice"
+    )
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+_backward_op.register_autograd(_refuse_second_order)

@@ -9,7 +9,7 @@ from mmengine.registry import FUNCTIONS, STRATEGIES
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from ..models.layers import Block
+from ..models.rest import Block
 
 
 @FUNCTIONS.register_module()

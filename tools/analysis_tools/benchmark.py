@@ -24,7 +24,7 @@ from benchmark_report import (
 from benchmark_subjects import Shape, Subject, list_subjects
 from benchmark_worker import Settings, SubjectFailed, Worker
 
-from mmrest.models.arch import ARCHS
+from mmrest.models.rest import ARCHS
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 SWEEP = ('320x320', '480x640', '640x1024', '800x1344', '1120x1792', '1600x2560')

@@ -1,30 +1,23 @@
-"""The attention functions of ResT, each with a choice of implementation."""
+"""ResT's attention: the definition, and the choice of an implementation.
 
-from typing import Optional
+======================  ============================================================
+``dense``               the paper's equations, operation by operation, with every map
+                        stored: the reference that all others are tested against
+``tiled``               the same in memory that does not grow with the maps, see
+                        :mod:`mmrest.ops.tiled`
+======================  ============================================================
+"""
+
+from typing import Callable, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dense import dense_attention, dense_head_interaction_attention
-from .export import is_exporting
-from .operator import head_interaction_attention_op
+from .fast_path import is_exporting, is_transformed
+from .tiled import tiled_head_interaction_attention
 
 ATTN_IMPLS = ('auto', 'tiled', 'dense')
-
-
-def check_attn_impl(attn_impl: str) -> str:
-    """Return ``attn_impl`` if it names an implementation.
-
-    Raises:
-        ValueError: If it does not.
-    """
-    if attn_impl not in ATTN_IMPLS:
-        raise ValueError(
-            f'attn_impl must be one of {", ".join(map(repr, ATTN_IMPLS))}, '
-            f'found {attn_impl!r}'
-        )
-    return attn_impl
 
 
 def head_interaction_attention(
@@ -61,33 +54,39 @@ def head_interaction_attention(
         attn_impl (str): ``'dense'`` stores every map and is the definition;
             ``'tiled'`` gives the same in memory that grows with N, not N x M
             (first-order gradients only, and no ``torch.func.grad``); ``'auto'`` is
-            ``'tiled'``, except while a model is exported to TorchScript or ONNX.
-            Default: ``'auto'``.
+            ``'tiled'``, except while a model is exported to TorchScript or ONNX and
+            under the transforms of ``torch.func``. Default: ``'auto'``.
         tile_rows (int, optional): Query rows of a tile. Default: chosen from the
-            sizes and from ``MMREST_TILE_BYTES``, see :mod:`mmrest.ops.tiling`.
+            sizes and from ``MMREST_TILE_BYTES``, see
+            :func:`mmrest.ops.tiled.choose_tile`.
 
     Returns:
         Tensor: Of shape (B, h, N, d).
 
     Raises:
         ValueError: If a shape, type or option does not fit.
+        RuntimeError: If ``'tiled'`` was asked for and the model is being exported to
+            TorchScript or ONNX.
     """
     check_attn_impl(attn_impl)
     _check_inputs(q, k, v, weight, bias)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if attn_impl == 'dense' or (attn_impl == 'auto' and is_exporting()):
-        return dense_head_interaction_attention(
-            q, k, v, weight, bias, scale, eps, dropout_p
-        )
     heads = q.shape[1]
-    seed = None
-    if dropout_p > 0.0:
-        seed = torch.randint(2**62, (), dtype=torch.int64, device='cpu')
-    out, _ = head_interaction_attention_op(
-        q, k, v, weight.reshape(heads, heads), bias,
-        scale, eps, dropout_p, seed, tile_rows,
-    )  # fmt: skip
-    return out
+    if attn_impl == 'tiled' and is_exporting():
+        raise RuntimeError(
+            "attn_impl='tiled' is an operator of mmrest, which TorchScript and ONNX do "
+            "not know. Build the model with attn_impl='auto' or 'dense' to export it."
+        )
+    if attn_impl == 'dense' or (
+        attn_impl == 'auto' and (is_exporting() or is_transformed())
+    ):
+        kernel = weight.reshape(heads, heads, 1, 1)
+        return dense_head_interaction_attention(
+            q, k, v, lambda maps: F.conv2d(maps, kernel, bias), scale, eps, dropout_p
+        )
+    return tiled_head_interaction_attention(
+        q, k, v, weight.reshape(heads, heads), bias, scale, eps, dropout_p, tile_rows
+    )
 
 
 def attention(
@@ -108,6 +107,61 @@ def attention(
     if attn_impl == 'dense':
         return dense_attention(q, k, v, scale, dropout_p)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+
+
+def dense_head_interaction_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mix: Callable[[Tensor], Tensor],
+    scale: float,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """``Dropout(InstanceNorm(mix(scale * q k^T).softmax)) v``, equation 4 of the paper.
+
+    Args:
+        mix (callable): The 1x1 convolution over the heads, from maps of shape
+            (B, h, N, M) to maps of the same shape.
+
+    The other arguments and the result are those of :func:`head_interaction_attention`.
+    """
+    # B, h, N, M
+    attn = mix((q @ k.transpose(-2, -1)) * scale)
+    attn = attn.softmax(dim=-1)
+    # torch.instance_norm, unlike its nn.functional twin, takes 1x1 maps
+    attn = torch.instance_norm(
+        attn, None, None, None, None, True, 0.0, eps, torch.backends.cudnn.enabled
+    )
+    if dropout_p > 0.0:
+        attn = F.dropout(attn, dropout_p)
+    # B, h, N, d
+    return attn.to(v.dtype) @ v
+
+
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float = 0.0
+) -> Tensor:
+    """``Dropout(softmax(scale * q k^T)) v``, the attention of one head."""
+    attn = (q @ k.transpose(-2, -1)) * scale
+    attn = attn.softmax(dim=-1)
+    if dropout_p > 0.0:
+        attn = F.dropout(attn, dropout_p)
+    return attn.to(v.dtype) @ v
+
+
+def check_attn_impl(attn_impl: str) -> str:
+    """Return ``attn_impl`` if it names an implementation.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if attn_impl not in ATTN_IMPLS:
+        raise ValueError(
+            f'attn_impl must be one of {", ".join(map(repr, ATTN_IMPLS))}, '
+            f'found {attn_impl!r}'
+        )
+    return attn_impl
 
 
 def _check_inputs(

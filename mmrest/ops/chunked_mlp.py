@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .export import is_captured
+from .fast_path import is_plain, is_watched
 
 # Bytes of a chunk's hidden layer.
 CPU_CHUNK_BYTES = 4 * 2**20
@@ -22,18 +22,40 @@ GPU_CHUNK_BYTES = 256 * 2**20
 MIN_BACKWARD_ROWS = 1024
 
 
-def gelu_mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear, drop: nn.Dropout) -> Tensor:
-    """``drop(fc2(drop(gelu(fc1(x)))))`` on tokens of shape (B, N, C)."""
-    dropping = drop.training and drop.p > 0.0
-    # a compiler finds its own plan, and a recording should hold no loop
-    if dropping or is_captured():
-        return drop(fc2(drop(F.gelu(fc1(x)))))
-    inputs = (x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-    if torch.is_autocast_enabled(x.device.type):
-        # once here, where autograd sees it, and not in every chunk
-        dtype = torch.get_autocast_dtype(x.device.type)
-        inputs = tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in inputs)
-    return _ChunkedMlp.apply(*inputs)
+def gelu_mlp(
+    x: Tensor, fc1: nn.Module, act: nn.Module, drop: nn.Module, fc2: nn.Module
+) -> Tensor:
+    """``drop(fc2(drop(act(fc1(x)))))`` on tokens of shape (B, N, C).
+
+    Two linear layers with an exact GELU between them are computed in chunks, unless
+    something waits for a call of one of the layers, see :mod:`mmrest.ops.fast_path`.
+    """
+    if _may_be_chunked(x, fc1, act, drop, fc2):
+        inputs = (x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        if torch.is_autocast_enabled(x.device.type):
+            # once here, where autograd sees it, and not in every chunk
+            dtype = torch.get_autocast_dtype(x.device.type)
+            inputs = tuple(
+                t if t.dtype == torch.float64 else t.to(dtype) for t in inputs
+            )
+        return _ChunkedMlp.apply(*inputs)
+    return drop(fc2(drop(act(fc1(x)))))
+
+
+def _may_be_chunked(
+    x: Tensor, fc1: nn.Module, act: nn.Module, drop: nn.Module, fc2: nn.Module
+) -> bool:
+    return (
+        not is_watched(x)
+        and is_plain(fc1, nn.Linear)
+        and is_plain(act, nn.GELU)
+        and is_plain(drop, nn.Dropout)
+        and is_plain(fc2, nn.Linear)
+        and act.approximate == 'none'
+        and not (drop.training and drop.p > 0.0)
+        and fc1.bias is not None
+        and fc2.bias is not None
+    )
 
 
 def _chunk_rows(x: Tensor, weight1: Tensor) -> int:

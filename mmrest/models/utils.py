@@ -1,0 +1,331 @@
+"""What the backbones need beside their layers: checks of arguments, modes, layouts."""
+
+import inspect
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from numbers import Integral, Real
+from typing import Any, Optional, Union
+
+import torch
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.checkpoint import checkpoint
+
+NUM_STAGES = 4
+
+PartCfg = Union[str, dict]
+
+# ---------------------------------------------------------------- layouts
+
+
+def to_map(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Tokens (B, H * W, C) as a map (B, C, H, W)."""
+    # sizes, and no unflatten: the legacy ONNX exporter would keep those of its example
+    return x.reshape(x.shape[0], size[0], size[1], x.shape[2]).permute(0, 3, 1, 2)
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """A map (B, C, H, W) as tokens (B, H * W, C)."""
+    # a map in another memory format than channels_last is copied here
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def depthwise_conv(dim: int, out_dim: Optional[int] = None, **options: Any) -> nn.Conv2d:
+    """A convolution of each channel by itself.
+
+    Args:
+        dim (int): Channels of the map.
+        out_dim (int, optional): Channels of the result, a multiple. Default: ``dim``.
+        **options: Of ``nn.Conv2d``.
+    """
+    conv = nn.Conv2d(dim, out_dim or dim, groups=dim, **options)
+    # The gradient has these strides too, so that DistributedDataParallel need not
+    # copy (and warn): a dimension of size 1 has no stride of its own otherwise.
+    return conv.to(memory_format=torch.channels_last)
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def resolve_arch(arch: Union[str, dict], archs: dict[str, Any]) -> Any:
+    """Return the sizes that a name or a dict stands for.
+
+    Args:
+        arch (str | dict): A key of ``archs`` or a dict with the fields of ``Arch``; a
+            single number as ``mlp_ratios`` holds for all stages.
+        archs (dict[str, Arch]): The published variants.
+
+    Raises:
+        ValueError: If the name is unknown, or an entry of the dict is missing,
+            unknown or inconsistent.
+    """
+    if isinstance(arch, str) and arch in archs:
+        return archs[arch]
+    if isinstance(arch, str):
+        raise ValueError(
+            f'arch must be one of {", ".join(map(repr, archs))} or a dict, '
+            f'found {arch!r}'
+        )
+    if not isinstance(arch, dict):
+        raise ValueError(f'arch must be a name or a dict, found {arch!r}')
+    kind = type(next(iter(archs.values())))
+    entries = dict(arch)
+    if isinstance(entries.get('mlp_ratios'), Real):
+        entries['mlp_ratios'] = [entries['mlp_ratios']] * NUM_STAGES
+
+    missing = sorted(set(kind._fields) - set(kind._field_defaults) - set(entries))
+    unknown = sorted(map(str, set(entries) - set(kind._fields)))
+    if missing or unknown:
+        raise ValueError(
+            f'an arch dict has the entries {", ".join(kind._fields)}; '
+            f'missing: {", ".join(missing) or "none"}, '
+            f'unknown: {", ".join(unknown) or "none"}'
+        )
+    for name, values in entries.items():
+        _check_arch_entry(name, values)
+    resolved = kind(**{name: tuple(values) for name, values in entries.items()})
+    sizes = zip(resolved.embed_dims, resolved.num_heads, resolved.sr_ratios)
+    for stage, (dim, heads, ratio) in enumerate(sizes, start=1):
+        if dim % heads:
+            raise ValueError(
+                f'stage {stage}: embed_dims {dim} is not divisible by num_heads {heads}'
+            )
+        if ratio > 1 and ratio % 2:
+            raise ValueError(
+                f'stage {stage}: sr_ratios must be 1 or even, so that ratio r reduces '
+                f'H to ceil(H / r), found {ratio}'
+            )
+    if resolved.embed_dims[0] % 2:
+        raise ValueError(
+            'embed_dims of stage 1 must be even (the stem starts with half of it), '
+            f'found {resolved.embed_dims[0]}'
+        )
+    return resolved
+
+
+def _check_arch_entry(name: str, values: Any) -> None:
+    kind, word = (Real, 'numbers') if name == 'mlp_ratios' else (Integral, 'integers')
+    fits = (
+        isinstance(values, (list, tuple))
+        and len(values) == NUM_STAGES
+        and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
+        and all(v > 0 for v in values)
+    )
+    if not fits:
+        raise ValueError(
+            f'arch entry {name!r} must hold {NUM_STAGES} positive {word}, '
+            f'one a stage, found {values!r}'
+        )
+
+
+def check_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
+    """Return the indices as a tuple.
+
+    Raises:
+        ValueError: If they are not ascending stage indices.
+    """
+    indices = tuple(out_indices) if isinstance(out_indices, (list, tuple)) else ()
+    in_range = all(_is_int(i) and 0 <= i < NUM_STAGES for i in indices)
+    if not indices or not in_range or list(indices) != sorted(set(indices)):
+        raise ValueError(
+            f'out_indices must be ascending stage indices from 0 to {NUM_STAGES - 1} '
+            f'(at least one), found {out_indices!r}'
+        )
+    return indices
+
+
+def check_frozen_stages(frozen_stages: int) -> int:
+    """Return the number.
+
+    Raises:
+        ValueError: If it is none from -1 to 4.
+    """
+    if not _is_int(frozen_stages) or not -1 <= frozen_stages <= NUM_STAGES:
+        raise ValueError(
+            'frozen_stages must be an integer from -1 (nothing) over 0 (stem) to '
+            f'{NUM_STAGES} (everything but the output norms), found {frozen_stages!r}'
+        )
+    return frozen_stages
+
+
+def check_norm_cfg(norm_cfg: dict) -> dict:
+    """Return the config.
+
+    Raises:
+        ValueError: If it names no norm.
+    """
+    if not isinstance(norm_cfg, dict) or 'type' not in norm_cfg:
+        raise ValueError(
+            "norm_cfg must be a dict with a 'type', such as dict(type='BN') or "
+            f"dict(type='SyncBN'), found {norm_cfg!r}"
+        )
+    return norm_cfg
+
+
+def merge_pretrained(
+    init_cfg: Union[dict, list, None], pretrained: Optional[str]
+) -> Union[dict, list, None]:
+    """Turn the deprecated argument ``pretrained`` into an ``init_cfg``.
+
+    Raises:
+        ValueError: If both are given, or ``pretrained`` is no text.
+    """
+    if pretrained is None:
+        return init_cfg
+    if init_cfg is not None:
+        raise ValueError(
+            f'init_cfg and pretrained are both given ({init_cfg!r}, {pretrained!r}). '
+            'Give init_cfg alone; pretrained is deprecated.'
+        )
+    if not isinstance(pretrained, str):
+        raise ValueError(
+            f'pretrained must be the path or URL of a checkpoint, found {pretrained!r}'
+        )
+    warnings.warn(
+        "pretrained is deprecated. Use init_cfg=dict(type='Pretrained', "
+        f'checkpoint={pretrained!r}) instead.',
+        DeprecationWarning,
+        stacklevel=4,
+    )
+    return dict(type='Pretrained', checkpoint=pretrained)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+# ---------------------------------------------------------------- parts by name
+
+# What constructors of other packages call the channels of a map.
+_CHANNELS = ('dim', 'in_channels', 'channels', 'embed_dims', 'num_channels')
+
+
+def build_part(place: str, cfg: PartCfg, **given: Any) -> nn.Module:
+    """Build the stem, positional encoding or attention that a config names.
+
+    The name ``'pa'`` as ``pos_cfg`` stands for ``'rest_pos_pa'`` in MMEngine's
+    ``MODELS``; any other name, or class, is looked up as it is.
+
+    - A stem is built with ``in_channels``, ``dim``, ``norm_cfg`` and ``pos``; it maps
+      an image to ``pos(map)``, of shape (B, dim, ceil(H / 4), ceil(W / 4)).
+    - A positional encoding is built with ``dim`` (under the first name that its
+      constructor has for channels) and ``map_stride``, the pixels from one entry of
+      the map to the next, if it takes that; it maps a map to one of the same shape.
+    - An attention is built with ``dim``, ``num_heads``, ``sr_ratio``, ``qkv_bias``,
+      ``attn_drop``, ``proj_drop`` and ``attn_impl``; it maps tokens (B, H * W, dim)
+      and the size (H, W) to tokens.
+
+    Args:
+        place (str): ``'stem'``, ``'pos'`` or ``'attn'``.
+        cfg (str | dict): A name, or a dict with ``type`` and options.
+        **given: What every part of this place is built with.
+
+    Raises:
+        ValueError: If the name is unknown or an option does not fit.
+    """
+    options = dict(type=cfg) if isinstance(cfg, (str, type)) else cfg
+    kind = options.get('type') if isinstance(options, dict) else None
+    if not isinstance(kind, (str, type)):
+        raise ValueError(
+            f"{place}_cfg must be {_known(place)}, or a dict with such a 'type', "
+            f'found {cfg!r}'
+        )
+    cls = kind if isinstance(kind, type) else _look_up(place, kind)
+    if cls is None:
+        raise ValueError(
+            f"{place}_cfg must be {_known(place)}, or a module in MMEngine's MODELS, "
+            f'found {kind!r}'
+        )
+    if place == 'pos':
+        given = _of_constructor(cls, **given)
+    arguments = {**given, **options}
+    del arguments['type']
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise ValueError(
+            f'{place}_cfg: {kind!r} cannot be built with {", ".join(arguments)}: '
+            f'{error}'
+        ) from error
+
+
+def _look_up(place: str, name: str) -> Optional[type]:
+    own = MODELS.module_dict.get(f'rest_{place}_{name}')
+    if own is not None:
+        return own
+    # as MODELS.build does: the default scope's registry comes first
+    with MODELS.switch_scope_and_registry(None) as models:
+        return models.get(name)
+
+
+def _of_constructor(cls: type, dim: int, map_stride: int) -> dict[str, int]:
+    taken = inspect.signature(cls).parameters
+    given = [(name, dim) for name in _CHANNELS if name in taken][:1]
+    if 'map_stride' in taken:
+        given.append(('map_stride', map_stride))
+    return dict(given)
+
+
+def _known(place: str) -> str:
+    start = f'rest_{place}_'
+    names = [n[len(start) :] for n in MODELS.module_dict if n.startswith(start)]
+    return f'one of {", ".join(map(repr, names))}'
+
+
+# ---------------------------------------------------------------- modes
+
+
+def freeze(module: nn.Module) -> None:
+    """No gradients, and norms in evaluation mode."""
+    module.eval()
+    module.requires_grad_(False)
+
+
+def checkpoint_module(module: nn.Module, *args: Any) -> Tensor:
+    """Call a module so that it stores its inputs alone, if there will be a gradient.
+
+    BatchNorms count a batch once: in the second pass they compute with the statistics of
+    their batch, as in the first, and leave the running ones alone.
+    """
+    if not torch.is_grad_enabled():
+        return module(*args)
+    options: dict[str, Any] = {}
+    if _live_norms(module):
+        if torch.compiler.is_compiling():  # which knows no context_fn
+            return module(*args)
+        options['context_fn'] = partial(_contexts_of_passes, module)
+    return checkpoint(module, *args, use_reentrant=False, **options)
+
+
+def _contexts_of_passes(
+    module: nn.Module,
+) -> tuple[AbstractContextManager, AbstractContextManager]:
+    return nullcontext(), _without_updates(module)
+
+
+@contextmanager
+def _without_updates(module: nn.Module) -> Iterator[None]:
+    norms = _live_norms(module)
+    buffers = [dict(norm.named_buffers(recurse=False)) for norm in norms]
+    # autograd counts on the same tensors being there: copies take the updates
+    for norm, tensors in zip(norms, buffers):
+        for name, tensor in tensors.items():
+            setattr(norm, name, tensor.clone())
+    try:
+        yield
+    finally:
+        for norm, tensors in zip(norms, buffers):
+            for name, tensor in tensors.items():
+                setattr(norm, name, tensor)
+
+
+def _live_norms(module: nn.Module) -> list[nn.Module]:
+    """Norms whose running statistics a forward pass would update."""
+    return [
+        m
+        for m in module.modules()
+        if isinstance(m, _NormBase) and m.training and m.track_running_stats
+    ]
