@@ -18,7 +18,9 @@ class _PartRegistry:
     def __init__(self, place: str) -> None:
         self._start = f'rest_{place}_'
 
-    def register_module(self, name: str, force: bool = False, module: Any = None) -> Any:
+    def register_module(
+        self, name: str, force: bool = False, module: Any = None
+    ) -> Any:
         return MODELS.register_module(self._start + name, force, module)
 
 

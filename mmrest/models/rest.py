@@ -21,7 +21,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..checkpoint import load_pretrained
+from ..checkpoint.loading import load_pretrained, pretrained_options
 from ..ops import (
     attention,
     check_attn_impl,
@@ -313,7 +313,9 @@ class BaseResT(BaseModule):
         pretrained: Optional[str],
         init_cfg: Union[dict, list, None],
     ) -> None:
-        super().__init__(init_cfg=merge_pretrained(init_cfg, pretrained))
+        init_cfg = merge_pretrained(init_cfg, pretrained)
+        pretrained_options(init_cfg)  # raises if it is none
+        super().__init__(init_cfg=init_cfg)
         self.arch = arch
         self.in_channels = in_channels
         self.out_indices = check_out_indices(out_indices)
@@ -377,19 +379,16 @@ class BaseResT(BaseModule):
         if self.init_cfg is None:
             self._draw_weights()
             return
-        cfgs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg]
-        if len(cfgs) != 1 or cfgs[0].get('type') != 'Pretrained':
+        options = pretrained_options(self.init_cfg)
+        if options is None:
             super().init_weights()
             return
-        # what a checkpoint lacks is drawn
-        self._draw_weights()
-        options = {key: value for key, value in cfgs[0].items() if key != 'type'}
+        self._draw_weights()  # for what a checkpoint lacks
         load_pretrained(
             self,
-            options.pop('checkpoint'),
+            **options,
             allow_missing=self.names_not_in_checkpoints(),
             allow_unexpected=self.names_only_in_checkpoints(),
-            **options,
         )
         self._is_init = True
 

@@ -33,7 +33,9 @@ def to_tokens(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def depthwise_conv(dim: int, out_dim: Optional[int] = None, **options: Any) -> nn.Conv2d:
+def depthwise_conv(
+    dim: int, out_dim: Optional[int] = None, **options: Any
+) -> nn.Conv2d:
     """A convolution of each channel by itself.
 
     Args:

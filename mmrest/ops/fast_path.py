@@ -18,9 +18,7 @@ _HOOKS = (
     '_backward_pre_hooks',
 )
 # PyTorch's own formulas. A program may have put another `forward` into the class.
-_FORWARDS = {
-    kind: kind.forward for kind in (nn.Conv2d, nn.Dropout, nn.GELU, nn.Linear)
-}
+_FORWARDS = {kind: kind.forward for kind in (nn.Conv2d, nn.Dropout, nn.GELU, nn.Linear)}
 
 
 def is_plain(layer: nn.Module, kind: type) -> bool:
@@ -40,10 +38,14 @@ def is_plain(layer: nn.Module, kind: type) -> bool:
         and kind.forward is _FORWARDS[kind]
         and 'forward' not in vars(layer)
         and not any(vars(layer)[name] for name in _HOOKS)
-        and all(
-            parameter is None or type(parameter) in (nn.Parameter, Tensor)
-            for parameter in vars(layer)['_parameters'].values()
-        )
+        and (torch.compiler.is_compiling() or _has_plain_parameters(layer))
+    )
+
+
+def _has_plain_parameters(layer: nn.Module) -> bool:
+    return all(
+        parameter is None or type(parameter) in (nn.Parameter, Tensor)
+        for parameter in vars(layer)['_parameters'].values()
     )
 
 

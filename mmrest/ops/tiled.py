@@ -354,9 +354,7 @@ def tiled_head_interaction_attention(
     seed = None
     if dropout_p > 0.0:
         seed = torch.randint(2**62, (), dtype=torch.int64, device='cpu')
-    out, _ = _forward_op(
-        q, k, v, weight, bias, scale, eps, dropout_p, seed, tile_rows
-    )
+    out, _ = _forward_op(q, k, v, weight, bias, scale, eps, dropout_p, seed, tile_rows)
     return out
 
 

@@ -158,7 +158,7 @@ def test_golden_logits_from_a_published_file(
     cfg = read('imagenet/rest_lite_8xb128_in1k.py')
     model = load(MODELS.build(cfg.model), published_lite(wrapper, prefix)).eval()
     expected = torch.from_numpy(
-        np.load(data_dir / 'golden_backbone.npz')['rest_lite/logits']
+        np.load(data_dir / 'golden_backbone64.npz')['rest_lite/logits']
     )
     with torch.no_grad():
         found = model(image((1, 3, 224, 224), 1))
@@ -179,7 +179,7 @@ def test_inferencer_of_mmpretrain(repo, data_dir, published_lite, tmp_path):
     torch.save(dict(state_dict=renamed), path)
     config = str(repo / 'configs' / 'imagenet' / 'rest_lite_8xb128_in1k.py')
     inferencer = ImageClassificationInferencer(config, str(path), device='cpu')
-    logits = np.load(data_dir / 'golden_backbone.npz')['rest_lite/logits']
+    logits = np.load(data_dir / 'golden_backbone64.npz')['rest_lite/logits']
     with torch.no_grad():
         found = inferencer.model(image((1, 3, 224, 224), 1))
     assert np.abs(found.numpy() - logits).max() < 2e-5 * np.abs(logits).max()

@@ -7,10 +7,8 @@ import torch
 from attention_cases import Shape, make_inputs, run
 from torch import nn
 
-from mmrest.models.attentions import EMSA
-from mmrest.models.layers import Mlp
+from mmrest.models.rest import EMSA, Mlp
 from mmrest.ops import head_interaction_attention
-from mmrest.ops.operator import head_interaction_attention_op
 
 
 class Attention(nn.Module):
@@ -29,7 +27,8 @@ def test_operator_is_well_formed():
     inputs = make_inputs(Shape(2, 2, 9, 5, 3))
     weight = inputs['weight'].reshape(2, 2)
     args = (*(inputs[n] for n in 'qkv'), weight, inputs['bias'], 0.5, 1e-5, 0.0)
-    torch.library.opcheck(head_interaction_attention_op, (*args, None, 4))
+    operator = torch.ops.mmrest.head_interaction_attention.default
+    torch.library.opcheck(operator, (*args, None, 4))
 
 
 def test_compiles_whole_and_once():
@@ -83,18 +82,30 @@ def test_onnx_needs_nothing_of_ours(tmp_path):
     assert domains <= {'', 'ai.onnx'}
 
 
-def test_func_grad_of_the_dense_form():
+@pytest.mark.parametrize('attn_impl', ['auto', 'dense'])
+def test_func_grad(attn_impl):
     inputs = make_inputs(Shape(2, 2, 9, 5, 3), torch.float64)
     leaves = {name: tensor.detach() for name, tensor in inputs.items()}
 
     def loss(q):
         # a registered operator's autograd formula has no functorch form
-        changed = {**leaves, 'q': q, 'attn_impl': 'dense'}
+        changed = {**leaves, 'q': q, 'attn_impl': attn_impl}
         return head_interaction_attention(**changed).square().sum()
 
     out = head_interaction_attention(**inputs)
     (expected,) = torch.autograd.grad(out.square().sum(), inputs['q'])
     torch.testing.assert_close(torch.func.grad(loss)(leaves['q']), expected)
+
+
+def test_tiled_says_what_can_be_exported():
+    inputs = make_inputs(Shape(1, 2, 9, 5, 3))
+    q, k, v, weight = (inputs[name].detach() for name in ('q', 'k', 'v', 'weight'))
+
+    def function(q):
+        return head_interaction_attention(q, k, v, weight, attn_impl='tiled')
+
+    with pytest.raises(RuntimeError, match="attn_impl='auto' or 'dense'"):
+        torch.jit.trace(function, q)
 
 
 def test_func_vmap():

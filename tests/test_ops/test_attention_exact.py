@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmrest.ops import attention, head_interaction_attention
-from mmrest.ops.tiling import choose_tile
+from mmrest.ops.tiled import choose_tile
 
 SHAPES = [
     Shape(1, 2, 50, 13, 8),
@@ -55,7 +55,7 @@ def test_equals_dense_for_any_shape_and_budget(shape, tile_bytes, seed):
     expected = run(inputs, grad, attn_impl='dense')
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('MMREST_TILE_BYTES', str(tile_bytes))
-        patch.setattr('mmrest.ops.tiling.MIN_ROWS', 3)
+        patch.setattr('mmrest.ops.tiled.MIN_ROWS', 3)
         found = run(inputs, grad, attn_impl='tiled')
     assert_same(found, expected, TOLERANCE[torch.float64])
 
@@ -184,7 +184,9 @@ def test_dropout_follows_the_global_seed():
 
 
 @pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
-@pytest.mark.parametrize('shape', [(2, 1, 50, 13, 8), (1, 1, 1, 1, 4)], ids=str)
+@pytest.mark.parametrize(
+    'shape', [(2, 1, 50, 13, 8), (1, 1, 1, 1, 4), (2, 1, 9, 1, 8)], ids=str
+)
 def test_one_head(shape, dtype):
     inputs = make_inputs(Shape(*shape), dtype)
     qkv = {name: inputs[name] for name in 'qkv'}

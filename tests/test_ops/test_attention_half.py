@@ -71,3 +71,22 @@ def test_overflow_is_seen_and_not_swallowed():
     )
     for grad in (grad_q, grad_k, grad_v, grad_weight):
         assert not grad.isfinite().all()
+
+
+def largest_finite_gradient(attn_impl, keys):
+    """The largest power of 2 that the gradient may have in float16."""
+    *qkv, weight, grad = inputs(scores=1.0, queries=64, keys=keys, dim=8)
+    for power in range(14, -4, -1):
+        scaled = grad.clamp(-2, 2) * 2.0**power
+        results = run((*qkv, weight, scaled), torch.float16, attn_impl)
+        if all(result.isfinite().all() for result in results):
+            return power
+    return -4
+
+
+@pytest.mark.parametrize('keys', [64, 1050])
+def test_gradients_may_be_as_large_as_with_stored_maps(keys):
+    """1 / std of a map grows with its keys and must not multiply float16 products."""
+    assert largest_finite_gradient('tiled', keys) >= largest_finite_gradient(
+        'dense', keys
+    )

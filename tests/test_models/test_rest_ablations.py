@@ -10,9 +10,9 @@ from rest_variants import OTHERS, TINY, VARIANTS, tiny
 from torch import nn
 from weights_rule import fill, image
 
-from mmrest import ResT
-from mmrest.models import ATTENTIONS, POSITIONS, STEMS
-from mmrest.models.attentions import EMSA, MSA, ReducedMSA, UnnormalisedEMSA
+from mmrest import ResT, models
+from mmrest.models.rest import EMSA
+from mmrest.models.rest_ablations import MSA, ReducedMSA, UnnormalisedEMSA, emsa
 from mmrest.ops import head_interaction_attention
 
 SIZES = [(1, 1), (1, 40), (33, 65)]
@@ -92,14 +92,14 @@ def test_equations_of_the_attentions():
     scores = q @ k.transpose(-2, -1) / 2
     plain = scores.softmax(-1) @ v
     for cls in (MSA, ReducedMSA):
-        torch.testing.assert_close(attend(cls).attend(q, k, v, 0.0), plain)
+        torch.testing.assert_close(attend(cls).attend(q, k, v), plain)
     torch.testing.assert_close(attend(MSA)(x, (5, 7)), attend(ReducedMSA)(x, (5, 7)))
 
     unnormalised = attend(UnnormalisedEMSA)
     weight, bias = unnormalised.mix_conv.weight[..., 0, 0], unnormalised.mix_conv.bias
     mixed = torch.einsum('ij,bjnm->binm', weight, scores) + bias[:, None, None]
     maps = mixed.softmax(-1)
-    torch.testing.assert_close(unnormalised.attend(q, k, v, 0.0), maps @ v)
+    torch.testing.assert_close(unnormalised.attend(q, k, v), maps @ v)
 
     # the norm of a map: mean 1 / M, and the standard deviation of its entries
     std = (maps.var((2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
@@ -108,7 +108,7 @@ def test_equations_of_the_attentions():
     torch.testing.assert_close(found, expected)
     emsa = attend(EMSA)
     emsa.transform_conv.load_state_dict(unnormalised.mix_conv.state_dict())
-    torch.testing.assert_close(emsa.attend(q, k, v, 0.0), expected)
+    torch.testing.assert_close(emsa.attend(q, k, v), expected)
 
 
 @pytest.mark.parametrize('size', [(1, 1), (5, 7), (8, 8), (9, 16)])
@@ -117,11 +117,11 @@ def test_reductions_give_the_same_grid(sr_ratio, size):
     x = image((2, size[0] * size[1], 12)).double()
     count = math.ceil(size[0] / sr_ratio) * math.ceil(size[1] / sr_ratio)
     for reduction in ('conv', 'avg', 'max'):
-        module = attend(EMSA, sr_ratio, reduction=reduction)
+        module = attend(emsa, sr_ratio, reduction=reduction)
         assert module.reduce(x, size).shape == (2, count, 12)
     # a pooling of a constant map is that constant, also at the border
     for reduction in ('avg', 'max'):
-        module = attend(EMSA, sr_ratio, reduction=reduction)
+        module = attend(emsa, sr_ratio, reduction=reduction)
         pooled = module.sr(torch.full((1, 12, *size), 3.0).double())
         assert torch.equal(pooled, torch.full_like(pooled, 3.0))
 
@@ -209,8 +209,8 @@ def test_position_of_another_package():
 
 
 def test_attention_and_stem_of_ones_own():
-    @ATTENTIONS.register_module('variants_test_mean')
-    class Mean(nn.Module):
+    @MODELS.register_module()
+    class VariantsTestMean(nn.Module):
         def __init__(self, dim, num_heads, **kwargs):
             super().__init__()
             self.v = nn.Linear(dim, dim)
@@ -218,8 +218,8 @@ def test_attention_and_stem_of_ones_own():
         def forward(self, x, size):
             return self.v(x).mean(1, keepdim=True).expand_as(x)
 
-    model = ResT(TINY, attn_cfg='variants_test_mean')
-    assert isinstance(model.stage4[0].attn, Mean)
+    model = ResT(TINY, attn_cfg='VariantsTestMean')
+    assert isinstance(model.stage4[0].attn, VariantsTestMean)
     assert len(model(image((2, 3, 40, 40)))) == 4
 
 
@@ -250,6 +250,16 @@ def test_bad_variants(options, message):
         ResT(TINY, **options)
 
 
-def test_registries_hold_what_the_paper_compares():
-    assert {'rest', 'resnet', 'patch'} <= set(STEMS.module_dict)
-    assert {'pa', 'gl', 'le', 'none'} <= set(POSITIONS.module_dict)
+def test_registries_of_the_first_releases():
+    with pytest.warns(DeprecationWarning, match="'mine' or as 'rest_pos_mine'"):
+        registry = models.POSITIONS
+
+    @registry.register_module('variants_test_twice', force=True)
+    class Twice(nn.Module):
+        def __init__(self, dim):
+            super().__init__()
+
+        def forward(self, x):
+            return 2 * x
+
+    assert isinstance(ResT(TINY, pos_cfg='variants_test_twice').stem.pos, Twice)

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from mmrest.models.layers import Mlp
+from mmrest.models.rest import Mlp
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Chunks of 52 tokens forward and 64 backward, for a hidden layer of 24."""
-    monkeypatch.setattr('mmrest.ops.mlp.CPU_CHUNK_BYTES', 10_000)
-    monkeypatch.setattr('mmrest.ops.mlp.MIN_BACKWARD_ROWS', 64)
+    monkeypatch.setattr('mmrest.ops.chunked_mlp.CPU_CHUNK_BYTES', 10_000)
+    monkeypatch.setattr('mmrest.ops.chunked_mlp.MIN_BACKWARD_ROWS', 64)
 
 
 def plain(mlp, x):
