@@ -4,7 +4,7 @@ import torch.distributed as dist
 from preempt_runs import in_process
 from rest_runs import ARCH, Regressor
 
-from mmrest.models.layers import Block
+from mmrest.models.rest import Block
 from mmrest.strategies.fsdp import BlockFSDPStrategy, rest_block_wrap_policy
 
 

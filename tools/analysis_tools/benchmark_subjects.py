@@ -72,9 +72,10 @@ def rest_macs(arch: str, shape: Shape) -> Macs:
         arch (str | dict): as in :class:`mmrest.ResT`.
         shape (tuple[int, int]): height and width of the image.
     """
-    from mmrest.models.arch import resolve_arch
+    from mmrest.models.rest import ARCHS
+    from mmrest.models.utils import resolve_arch
 
-    sizes = resolve_arch(arch)
+    sizes = resolve_arch(arch, ARCHS)
     height, width = (ceil(side / 2) for side in shape)
     dim = sizes.embed_dims[0]
     mid = dim // 2
