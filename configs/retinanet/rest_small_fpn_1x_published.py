@@ -18,5 +18,6 @@ model = dict(
     ),
 )
 custom_imports = dict(
-    imports=['mmrest', 'mmrest.models.clip_last_retina_head'], allow_failed_imports=False
+    imports=['mmrest', 'mmrest.models.clip_last_retina_head'],
+    allow_failed_imports=False,
 )

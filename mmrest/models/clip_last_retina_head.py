@@ -39,6 +39,7 @@ class ClipLastRetinaHead(RetinaHead):
         img_meta: Optional[dict] = None,
     ) -> InstanceData:
         results = super()._bbox_post_process(results, cfg, rescale, with_nms, img_meta)
+        assert img_meta is not None  # mmdet gives it
         height, width = img_meta['ori_shape' if rescale else 'img_shape'][:2]
         boxes = results.bboxes
         boxes[:, 0::2].clamp_(min=0, max=width)

@@ -1,10 +1,10 @@
-"""ResT, an efficient multi-scale vision Transformer (arXiv:2105.13677), in reading order.
+"""ResT, an efficient multi-scale vision Transformer (arXiv:2105.13677).
 
-Four stages. Each begins with an entry (a stem, or a patch embedding that halves the
-map), which encodes the position, and goes on with Transformer blocks. Within a stage,
-features are tokens of shape (B, H * W, C). The same memory seen as a map of shape
-(B, C, H, W) is in channels_last order, so going from one to the other
-(:func:`to_map`, :func:`to_tokens`) copies nothing.
+The network in reading order: parts, blocks, stages. Each of the four stages begins with
+an entry (a stem, or a patch embedding that halves the map), which encodes the position,
+and goes on with Transformer blocks. Within a stage, features are tokens of shape
+(B, H * W, C). The same memory seen as a map of shape (B, C, H, W) is in channels_last
+order, so :func:`to_map` and :func:`to_tokens` copy nothing.
 
 The parameters have the names of the published ImageNet checkpoints. The parts that the
 paper compares with the published ones are in :mod:`mmrest.models.rest_ablations`.
@@ -172,7 +172,7 @@ class EMSA(nn.Module):
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
         self.kv = nn.Linear(dim, dim * 2, bias=qkv_bias)
         if sr_ratio > 1:
-            self.sr = depthwise_conv(
+            self.sr: nn.Module = depthwise_conv(
                 dim, kernel_size=sr_ratio + 1, stride=sr_ratio, padding=sr_ratio // 2
             )
             self.sr_norm = nn.LayerNorm(dim)
@@ -224,15 +224,14 @@ class EMSA(nn.Module):
         return x.reshape(shape).transpose(1, 2)
 
     def _transform_must_be_called(self, q: Tensor) -> bool:
-        """Whether reading the weight of ``transform_conv`` could be told from a call."""
+        """Whether anyone could tell a call of it from reading its weight."""
         conv = self.transform_conv
-        if torch.compiler.is_compiling() and is_plain(conv, nn.Conv2d):
-            return False  # a compiler takes the operator as it is
-        return (
-            is_watched(q)
-            or not is_plain(conv, nn.Conv2d)
-            or conv.weight.shape != (self.num_heads, self.num_heads, 1, 1)
-        )
+        if not is_plain(conv, nn.Conv2d):
+            return True
+        if conv.weight.shape != (self.num_heads, self.num_heads, 1, 1):
+            return True
+        # a compiler takes our operator as it is
+        return is_watched(q) and not torch.compiler.is_compiling()
 
 
 class Mlp(nn.Module):
@@ -399,21 +398,18 @@ class BaseResT(BaseModule):
                 nn.init.trunc_normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-            is_norm = isinstance(module, (nn.LayerNorm, nn.GroupNorm, _BatchNorm))
-            if is_norm and module.weight is not None:
+            norms = (nn.LayerNorm, nn.GroupNorm, _BatchNorm)
+            if isinstance(module, norms) and module.weight is not None:
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
 
     def _modules_to_draw(self) -> list[nn.Module]:
         """All but positional encodings of other packages, which draw their own."""
-        entries = [self.entry(i) for i in range(self.num_stages)]
-        encodings = [entry.pos for entry in entries if hasattr(entry, 'pos')]
-        foreign = {
-            module
-            for encoding in encodings
-            if not type(encoding).__module__.startswith('mmrest.')
-            for module in encoding.modules()
-        }
+        foreign: set[nn.Module] = set()
+        for i in range(self.num_stages):
+            pos = getattr(self.entry(i), 'pos', None)
+            if isinstance(pos, nn.Module) and not _is_own(pos):
+                foreign.update(pos.modules())
         return [module for module in self.modules() if module not in foreign]
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
@@ -447,6 +443,10 @@ class BaseResT(BaseModule):
     def names_only_in_checkpoints(self) -> tuple[str, ...]:
         """Modules that a checkpoint of this arch may hold and this model lacks."""
         raise NotImplementedError
+
+
+def _is_own(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(('mmrest.', 'torch.nn.'))
 
 
 @MODELS.register_module()

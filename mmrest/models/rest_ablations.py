@@ -226,13 +226,15 @@ class PooledEMSA(EMSA):
         self.reduction = reduction
         if sr_ratio == 1:
             return
-        window = dict(kernel_size=sr_ratio + 1, stride=sr_ratio, padding=sr_ratio // 2)
         del self.sr, self.sr_norm
+        kernel_size, padding = sr_ratio + 1, sr_ratio // 2
         if reduction == 'avg':
-            self.sr = nn.AvgPool2d(count_include_pad=False, **window)
+            self.sr = nn.AvgPool2d(
+                kernel_size, sr_ratio, padding, count_include_pad=False
+            )
             self.avg_norm = nn.LayerNorm(dim)
         else:
-            self.sr = nn.MaxPool2d(**window)
+            self.sr = nn.MaxPool2d(kernel_size, sr_ratio, padding)
             self.max_norm = nn.LayerNorm(dim)
 
     def reduce(self, x: Tensor, size: Size) -> Tensor:

@@ -46,7 +46,8 @@ def depthwise_conv(
     conv = nn.Conv2d(dim, out_dim or dim, groups=dim, **options)
     # The gradient has these strides too, so that DistributedDataParallel need not
     # copy (and warn): a dimension of size 1 has no stride of its own otherwise.
-    return conv.to(memory_format=torch.channels_last)
+    conv.weight.data = conv.weight.data.to(memory_format=torch.channels_last)
+    return conv
 
 
 # ---------------------------------------------------------------- arguments
@@ -289,8 +290,8 @@ def freeze(module: nn.Module) -> None:
 def checkpoint_module(module: nn.Module, *args: Any) -> Tensor:
     """Call a module so that it stores its inputs alone, if there will be a gradient.
 
-    BatchNorms count a batch once: in the second pass they compute with the statistics of
-    their batch, as in the first, and leave the running ones alone.
+    BatchNorms count a batch once: in the second pass they compute with the statistics
+    of their batch, as in the first, and leave the running ones alone.
     """
     if not torch.is_grad_enabled():
         return module(*args)

@@ -23,7 +23,7 @@ MIN_BACKWARD_ROWS = 1024
 
 
 def gelu_mlp(
-    x: Tensor, fc1: nn.Module, act: nn.Module, drop: nn.Module, fc2: nn.Module
+    x: Tensor, fc1: nn.Linear, act: nn.GELU, drop: nn.Dropout, fc2: nn.Linear
 ) -> Tensor:
     """``drop(fc2(drop(act(fc1(x)))))`` on tokens of shape (B, N, C).
 
@@ -31,7 +31,7 @@ def gelu_mlp(
     something waits for a call of one of the layers, see :mod:`mmrest.ops.fast_path`.
     """
     if _may_be_chunked(x, fc1, act, drop, fc2):
-        inputs = (x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        inputs: tuple[Tensor, ...] = (x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
         if torch.is_autocast_enabled(x.device.type):
             # once here, where autograd sees it, and not in every chunk
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -43,7 +43,7 @@ def gelu_mlp(
 
 
 def _may_be_chunked(
-    x: Tensor, fc1: nn.Module, act: nn.Module, drop: nn.Module, fc2: nn.Module
+    x: Tensor, fc1: nn.Linear, act: nn.GELU, drop: nn.Dropout, fc2: nn.Linear
 ) -> bool:
     return (
         not is_watched(x)
@@ -92,13 +92,13 @@ class _ChunkedMlp(torch.autograd.Function):
         rows = max(_chunk_rows(x, weight1), MIN_BACKWARD_ROWS)
         tokens, grad = x.flatten(0, -2), grad.flatten(0, -2)
         grad_x = x.new_empty(tokens.shape) if want_x else None
-        grad_weights = None
+        grad_weights: Optional[tuple[Tensor, ...]] = None
         with torch.autocast(x.device.type, enabled=False):
             for chunk in _chunks(len(tokens), rows):
                 hidden = F.linear(tokens[chunk], weight1, bias1)
                 grad_act = grad[chunk] @ weight2
                 grad_hidden = torch.ops.aten.gelu_backward(grad_act, hidden)
-                if want_x:
+                if grad_x is not None:
                     grad_x[chunk] = grad_hidden @ weight1
                 if want_weights:
                     parts = (
@@ -108,8 +108,8 @@ class _ChunkedMlp(torch.autograd.Function):
                         grad[chunk].sum(0),
                     )
                     grad_weights = _add(grad_weights, parts)
-        grad_x = grad_x.view(x.shape) if want_x else None
-        if not want_weights:
+        grad_x = None if grad_x is None else grad_x.view(x.shape)
+        if grad_weights is None:
             return grad_x, None, None, None, None
         return (grad_x, *(w.to(x.dtype) for w in grad_weights))
 

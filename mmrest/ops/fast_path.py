@@ -5,12 +5,15 @@ nobody can tell: not if a hook, a parametrisation, an adapter, a pruning mask, a
 or an exporter waits for the call.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils._device import DeviceContext
 
-# Attributes of a module that hold its hooks; `_global` before them: those of all modules.
+# Attributes of a module that hold its hooks. With `_global` before them they are names
+# in torch.nn.modules.module, of the hooks on all modules.
 _HOOKS = (
     '_forward_hooks',
     '_forward_pre_hooks',
@@ -18,10 +21,12 @@ _HOOKS = (
     '_backward_pre_hooks',
 )
 # PyTorch's own formulas. A program may have put another `forward` into the class.
-_FORWARDS = {kind: kind.forward for kind in (nn.Conv2d, nn.Dropout, nn.GELU, nn.Linear)}
+_FORWARDS: dict[type[nn.Module], Any] = {
+    kind: kind.forward for kind in (nn.Conv2d, nn.Dropout, nn.GELU, nn.Linear)
+}
 
 
-def is_plain(layer: nn.Module, kind: type) -> bool:
+def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling a layer does nothing but compute PyTorch's formula for it.
 
     Args:

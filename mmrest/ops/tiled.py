@@ -66,7 +66,7 @@ class _Span(NamedTuple):
 
     images: slice
     rows: slice
-    index: int
+    number: int
 
 
 def tile_bytes(device: torch.device) -> int:
@@ -119,12 +119,12 @@ def choose_tile(q: Tensor, num_keys: int, tile_rows: Optional[int] = None) -> Ti
 
 
 def _spans(batch: int, num_queries: int, tile: Tile) -> Iterator[_Span]:
-    index = 0
+    number = 0
     for b in range(0, batch, tile.images):
         for n in range(0, num_queries, tile.rows):
             images = slice(b, min(b + tile.images, batch))
-            yield _Span(images, slice(n, min(n + tile.rows, num_queries)), index)
-            index += 1
+            yield _Span(images, slice(n, min(n + tile.rows, num_queries)), number)
+            number += 1
 
 
 class _Workspace:
@@ -234,7 +234,7 @@ def tiled_forward(
     square_sum = q.new_zeros(batch, heads, dtype=dtype)
     work = _Workspace(q, num_keys, tile, count=2)
 
-    for images, rows, index in _spans(batch, num_queries, tile):
+    for images, rows, number in _spans(batch, num_queries, tile):
         q_tile = q[images, :, rows] * scale
         shape = q_tile.shape[:3]
         # images, h, rows, M
@@ -243,7 +243,7 @@ def tiled_forward(
         attn.sub_(1.0 / num_keys)
         square_sum[images] += torch.linalg.vector_norm(attn.flatten(2), dim=-1).square()
         if dropout_p > 0.0:
-            attn.mul_(_dropout_mask(attn, dropout_p, seed + index))
+            attn.mul_(_dropout_mask(attn, dropout_p, seed + number))
         # images, h, rows, d
         product = torch.bmm(
             attn.flatten(0, 1).to(v.dtype), v[images].flatten(0, 1)
@@ -292,7 +292,7 @@ def tiled_backward(
     through_variance = -(rstd.square()) * grad_dot_out / max(1, num_queries * num_keys)
     work = _Workspace(q, num_keys, tile, count=4)
 
-    for images, rows, index in _spans(batch, num_queries, tile):
+    for images, rows, number in _spans(batch, num_queries, tile):
         q_tile = q[images, :, rows] * scale
         r_tile = rstd[images]
         # r must not meet G in float16, see above; elsewhere that saves two passes
@@ -311,7 +311,7 @@ def tiled_backward(
             grad_attn.mul_(r_tile)
             centred.mul_(r_tile)
         if dropout_p > 0.0:
-            mask = _dropout_mask(attn, dropout_p, seed + index)
+            mask = _dropout_mask(attn, dropout_p, seed + number)
             grad_attn.mul_(mask)
             centred.mul_(mask)
         _accumulate(grad_v, images, centred, grad_tile)
