@@ -175,7 +175,12 @@ def publish(
     if format is None:
         format = 'safetensors' if dst.suffix == '.safetensors' else 'pth'
     if format == 'safetensors':
-        content, left_out = safetensors_bytes(kept['state_dict'], kept.get('meta', {}))
+        try:
+            content, left_out = safetensors_bytes(
+                kept['state_dict'], kept.get('meta', {})
+            )
+        except ImportError as error:
+            raise ConversionError(f'{dst}: {error}') from error
         if left_out:
             print_log(
                 f'Left out of meta, which this format holds as JSON: '

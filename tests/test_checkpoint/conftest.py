@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.runner import CheckpointLoader
+from mmengine.runner import checkpoint as mmengine_checkpoint
+
+from mmrest.checkpoint import force_safe_loading
+from mmrest.checkpoint.safe_globals import FORCE_SAFE, FORCE_UNSAFE
 
 # the tests here share toy_run.py
 sys.path.insert(0, str(Path(__file__).parent))
@@ -45,3 +50,24 @@ def save(tmp_path):
         return str(tmp_path / name)
 
     return save
+
+
+@pytest.fixture(autouse=True)
+def as_after_import(monkeypatch):
+    """MMEngine's loaders and the environment are as after ``import mmrest``."""
+    for name in (FORCE_SAFE, FORCE_UNSAFE):
+        monkeypatch.setenv(name, '')  # so that it is undone
+        monkeypatch.delenv(name)
+    register = CheckpointLoader.register_scheme
+    register('', mmengine_checkpoint.load_from_local, force=True)
+    addresses = ('http://', 'https://')
+    register(addresses, mmengine_checkpoint.load_from_http, force=True)
+    if hasattr(mmengine_checkpoint, 'get_torch_safe_globals'):  # OneDL's
+        own = mmengine_checkpoint.get_torch_safe_globals
+        monkeypatch.setattr(mmengine_checkpoint, 'get_torch_safe_globals', own)
+
+
+@pytest.fixture
+def safe_loading(as_after_import):
+    """As in the tools."""
+    assert force_safe_loading()

@@ -1,30 +1,15 @@
-"""What mmengine does with a checkpoint, and the check before it."""
-
-import functools
-import http.server
-import pickle
-import threading
+"""What MMEngine does with a checkpoint, and the checks before it."""
 
 import pytest
 import torch
 from mmengine.logging import MMLogger
-from mmengine.model import BaseTTAModel, MMDistributedDataParallel
+from mmengine.model import BaseModule, BaseTTAModel, MMDistributedDataParallel
 from mmengine.runner import load_checkpoint
-from mmengine.runner.checkpoint import load_from_http as mmengine_loader
 from torch import nn
-from toy_run import ToyModel, build
+from toy_run import ToyModel
 
-from mmrest.checkpoint import (
-    CheckpointError,
-    allow_mmengine_checkpoints,
-    check_load_from,
-    force_safe_loading,
-    safe_globals,
-)
-from mmrest.checkpoint.safe_globals import FORCE_SAFE
-
-# of mmengine's loader, and of the one that mmrest gives to onedl-mmengine
-REFUSALS = (pickle.UnpicklingError, CheckpointError)
+from mmrest import ResT
+from mmrest.checkpoint import CheckpointError, check_load_from
 
 
 class Detector(nn.Module):
@@ -154,71 +139,88 @@ def test_before_torch_2_6(save, monkeypatch, warnings_of_mmengine, payload):
         torch.serialization.add_safe_globals(present)
 
 
-@pytest.fixture
-def evil(payload, tmp_path):
-    """A checkpoint of the toy model with a payload in it."""
-    path = tmp_path / 'evil.pth'
-    content = {'state_dict': ToyModel().state_dict(), 'meta': {}, 'extra': payload}
-    torch.save(content, path)
-    return path
-
-
-@pytest.mark.parametrize('resume', [False, True])
-def test_load_from_and_resume_refuse_payloads(evil, tmp_path, resume, monkeypatch):
-    """mmengine's own path to a local file is safe, and ours does not open it."""
-    allow_mmengine_checkpoints()
-    # onedl-mmengine loads without safety what safe loading refused
-    monkeypatch.setenv(FORCE_SAFE, '')
-    force_safe_loading()
-    runner = build(tmp_path / 'run', load_from=str(evil), resume=resume)
-    with pytest.raises(REFUSALS):
-        runner.train()
-    with pytest.raises(CheckpointError, match='refuses'):
-        check_load_from(runner.model, evil)
-
-
-@pytest.mark.skipif(
-    hasattr(safe_globals.mmengine_checkpoint, 'get_torch_safe_globals'),
-    reason='onedl-mmengine falls back to unsafe loading',
+TINY = dict(
+    embed_dims=[8, 16, 24, 32],
+    num_heads=[1, 2, 3, 4],
+    depths=[1, 1, 2, 1],
+    sr_ratios=[8, 4, 2, 1],
+    mlp_ratios=2,
 )
-def test_mmengine_itself_is_safe_for_files(evil, tmp_path):
-    runner = build(tmp_path / 'run', load_from=str(evil))
-    with pytest.raises(pickle.UnpicklingError):
-        runner.train()
 
 
-def test_init_cfg_of_mmengine_refuses_payloads(evil, monkeypatch):
-    monkeypatch.setenv(FORCE_SAFE, '')
-    force_safe_loading()
-    model = ToyModel()
-    model.init_cfg = {'type': 'Pretrained', 'checkpoint': str(evil)}
-    with pytest.raises(REFUSALS):
+class Model(BaseModule):
+    """As a detector or segmentor has its backbone, and a head."""
+
+    def __init__(self, checkpoint=None, own=None, depths=(1, 1, 2, 1), **options):
+        init_cfg = dict(type='Pretrained', checkpoint=checkpoint, **options)
+        super().__init__(init_cfg if checkpoint else None)
+        own = dict(type='Pretrained', checkpoint=own) if own else None
+        self.backbone = ResT(arch={**TINY, 'depths': depths}, init_cfg=own)
+        self.head = nn.Linear(32, 2)
+
+
+def state_of(part, prefix=''):
+    return {prefix + k: v for k, v in part.state_dict().items()}
+
+
+@pytest.mark.parametrize('wrapper', ['', 'model', 'state_dict'])
+@pytest.mark.parametrize('own', [False, True], ids=['drawn', 'with-own-init_cfg'])
+def test_backbone_named_at_the_model(save, wrapper, own):
+    """MMEngine would only warn, and train whatever the backbone has."""
+    state = ResT(arch=TINY, out_indices=(3,)).state_dict()
+    path = save({wrapper: state} if wrapper else state)
+    model = Model(path, own=path if own else None)
+    with pytest.raises(CheckpointError, match=r'no tensor .*model\.backbone\.init_cfg'):
         model.init_weights()
 
 
-def test_load_from_a_url(evil, payload, tmp_path, monkeypatch):
-    """mmengine reads URLs without safety; importing mmrest closes that door."""
-    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'hub'))
-    monkeypatch.delenv('http_proxy', raising=False)
+@pytest.mark.parametrize(
+    'change, found',
+    [
+        (dict(depths=(1, 1, 1, 1)), 'Not in the model .*stage3.1'),
+        (dict(depths=(1, 1, 3, 1)), 'Missing in the file .*stage3.2'),
+        (lambda s: s.pop('backbone.stem.conv1.weight'), 'Missing .*stem.conv1'),
+        (
+            lambda s: s['backbone.norm.bias'].fill_(float('nan')),
+            'NaN or infinite .*norm.bias',
+        ),
+    ],
+)
+def test_model_that_does_not_fit(save, change, found):
+    state = state_of(Model())
+    if callable(change):
+        change(state)
+    options = {} if callable(change) else change
+    with pytest.raises(CheckpointError, match=f'does not fit its ResT.*{found}'):
+        Model(save({'state_dict': state}), **options).init_weights()
 
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            """Keep quiet."""
 
-    handler = functools.partial(Handler, directory=str(evil.parent))
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f'http://127.0.0.1:{server.server_port}/evil.pth'
-        mmengine_loader(url)  # the reason for all this
-        assert payload.marker.exists(), 'mmengine has become safe: simplify'
-        payload.marker.unlink()
-        with pytest.raises(CheckpointError, match='refuses'):
-            check_load_from(ToyModel(), url)
-        with pytest.raises(CheckpointError, match='refuses'):
-            load_checkpoint(ToyModel(), url)
-        # a program that calls mmengine's function by itself
-        monkeypatch.setenv(FORCE_SAFE, '')
-        force_safe_loading()
-        with pytest.raises(pickle.UnpicklingError):
-            mmengine_loader(url)
-        server.shutdown()
+def test_model_that_fits(save):
+    """Its own checkpoint, one of another head, and a part of a larger model."""
+    source = Model()
+    state = state_of(source)
+    for content in (
+        {'state_dict': state},
+        {'state_dict': {k: v for k, v in state.items() if 'head' not in k}},
+        # of a classifier, without the norms of stages 1 to 3
+        {k: v for k, v in state.items() if not k.startswith('backbone.norm1')},
+    ):
+        model = Model(save(content))
+        model.init_weights()
+        assert torch.equal(
+            model.backbone.stem.conv1.weight, source.backbone.stem.conv1.weight
+        )
+    path = save({'state_dict': state_of(source, 'student.')})
+    model = Model(path, prefix='student.')
+    model.init_weights()
+    assert torch.equal(model.head.weight, source.head.weight)
+
+
+def test_a_part_may_be_loaded_later(save, warnings_of_mmengine):
+    """As adapters and heads are: nothing is random then."""
+    model = Model()
+    model.init_weights()
+    before = model.backbone.stem.conv1.weight.clone()
+    model.load_state_dict(state_of(nn.Linear(32, 2), 'head.'), strict=False)
+    load_checkpoint(model, save(state_of(nn.Linear(32, 2), 'head.')))
+    assert torch.equal(model.backbone.stem.conv1.weight, before)

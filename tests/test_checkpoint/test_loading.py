@@ -6,22 +6,21 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mmengine.model import PretrainedInit
 from torch import nn
 from weights_rule import fill
 
 from mmrest import ResT
-from mmrest.checkpoint import CheckpointError, load_pretrained
-from mmrest.checkpoint.loading import matches
-
-V1 = ('lite', 'small', 'base', 'large')
+from mmrest.checkpoint import CheckpointError, load_pretrained, pretrained_options
+from mmrest.checkpoint.loading import adapt_input_channels, matches
 
 
 class Net(nn.Module):
     """Stands for a backbone."""
 
-    def __init__(self, width=4, depth=2):
+    def __init__(self, width=4, depth=2, channels=3):
         super().__init__()
-        self.stem = nn.Conv2d(3, width, 3)
+        self.stem = nn.Conv2d(channels, width, 3)
         self.bn = nn.BatchNorm2d(width)
         self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
@@ -68,14 +67,8 @@ def test_one_line_is_logged(save):
     handler = logging.Handler()
     handler.emit = lines.append
     logger.addHandler(handler)
-    path = save(
-        {
-            'state_dict': {
-                **published(prefix='module.backbone.'),
-                'module.neck.w': torch.ones(1),
-            }
-        }
-    )
+    state = {**published(prefix='module.backbone.'), 'module.neck.w': torch.ones(1)}
+    path = save({'state_dict': state})
     report = load_pretrained(Net(), path, **RULES, logger=logger)
     (line,) = lines
     assert line.levelno == logging.INFO
@@ -89,15 +82,27 @@ def test_one_line_is_logged(save):
         assert part in line.getMessage()
 
 
+def test_former_names(save):
+    """Of the keywords, and of the report."""
+    path = save(published())
+    with pytest.warns(DeprecationWarning, match='allow_missing'):
+        report = load_pretrained(
+            Net(), path, may_be_new=['norm1'], may_be_unused=['head']
+        )
+    with pytest.warns(DeprecationWarning, match='missing_keys'):
+        assert report.new == report.missing_keys
+    with pytest.warns(DeprecationWarning, match='unexpected_keys'):
+        assert report.unused == report.unexpected_keys
+
+
 @pytest.mark.parametrize(
     'prefix',
     ['module.', 'backbone.', 'backbone.bottom_up.', 'module.backbone.bottom_up.'],
 )
 def test_backbone_of_a_detector(save, prefix):
     state = {**published(prefix=prefix), 'roi_heads.fc.weight': torch.ones(3)}
-    state['backbone.fpn_lateral2.weight'] = torch.ones(3)
-    if prefix == 'backbone.':
-        del state['backbone.fpn_lateral2.weight']
+    if prefix != 'backbone.':
+        state['backbone.fpn_lateral2.weight'] = torch.ones(3)
     net = Net()
     report = load_pretrained(net, save(state), **RULES)
     assert report.prefix == prefix
@@ -133,6 +138,12 @@ def test_prefix_of_the_user(save):
         (lambda s: s.update({'norm1.weight': torch.ones(4)}), 'Missing .*norm1.bias'),
         (lambda s: s['norm.weight'].fill_(float('nan')), 'NaN .*norm.weight'),
         (lambda s: s['bn.running_mean'].fill_(float('inf')), 'infinite .*running_mean'),
+        (  # as float32
+            lambda s: s.update(
+                {'norm.bias': torch.full((4,), 1e300, dtype=torch.double)}
+            ),
+            'infinite .*norm.bias',
+        ),
         (
             lambda s: s.update({'norm.bias': torch.ones(4, dtype=torch.int8)}),
             r'another nature \(1\): norm.bias \(integer for floating-point\)',
@@ -154,17 +165,9 @@ def test_all_or_nothing(save, change, found):
     assert unchanged(net, before)
 
 
-def test_double_that_overflows(save):
-    state = published()
-    state['norm.bias'] = torch.full((4,), 1e300, dtype=torch.double)
-    with pytest.raises(CheckpointError, match='norm.bias'):
-        load_pretrained(Net(), save(state), **RULES)
-
-
-def test_without_permission_nothing_may_differ(save):
-    path = save(published())
+def test_nothing_may_differ_unless_allowed(save):
     with pytest.raises(CheckpointError, match=r'(?s)norm1.weight.*head.weight'):
-        load_pretrained(Net(), path)
+        load_pretrained(Net(), save(published()))
 
 
 def test_first_differences_and_a_count(save):
@@ -253,95 +256,196 @@ def test_any_change_of_names_is_found(save, data):
         load_pretrained(net, save(state), **RULES)
 
 
-@pytest.fixture(scope='module')
-def published_file(published_shapes, tmp_path_factory):
-    """Write a checkpoint of published form, and return path and tensors."""
+@pytest.mark.parametrize('dtype', [torch.float, torch.half])
+@pytest.mark.parametrize('channels', [1, 2, 4, 6, 7])
+def test_other_input_channels(save, channels, dtype):
+    """Grey, RGB and depth, ...: equal channels give what RGB gave."""
+    state = {k: v.to(dtype) if v.dim() else v for k, v in published().items()}
+    net = Net(channels=channels)
+    before = snapshot(net)
+    with pytest.raises(CheckpointError, match=r'instead of .*adapt_input=True'):
+        load_pretrained(net, save(state), **RULES)
+    assert unchanged(net, before)
+    report = load_pretrained(net, save(state), **RULES, adapt_input=True)
+    said = f'Adapted stem.weight from 3 to {channels} input channels'
+    assert report.adapted == said and said in str(report)
+    grey = torch.rand(2, 1, 8, 8)
+    rgb = nn.Conv2d(3, 4, 3)
+    load_pretrained(rgb, save(state), prefix='stem')
+    expected = rgb(grey.expand(-1, 3, -1, -1))
+    error = 1e-5 if dtype == torch.float else 1e-2
+    # two channels are RGB's first two, rescaled: another sum
+    if channels % 3 == 0 or channels == 1:
+        found = net.stem(grey.expand(-1, channels, -1, -1))
+        torch.testing.assert_close(found, expected, rtol=0, atol=error)
+    weight = state['stem.weight'].float()
+    wanted = {i: weight[:, i % 3] * 3 / channels for i in range(channels)}
+    wanted = {0: weight.sum(1)} if channels == 1 else wanted
+    for i, value in wanted.items():
+        torch.testing.assert_close(
+            net.stem.weight[:, i].detach(), value, rtol=0, atol=error
+        )
 
-    filled = {}
 
-    def write(arch, wrapper='model', prefix='', **others):
-        if arch not in filled:
-            filled[arch] = fill(
-                {
-                    k: torch.zeros(s, dtype=torch.long if 'tracked' in k else None)
-                    for k, s in published_shapes[arch].items()
-                }
-            )
-        state = filled[arch]
-        path = tmp_path_factory.mktemp('published') / f'{arch}.pth'
-        content = {prefix + k: v for k, v in state.items()}
-        content.update(others)
-        torch.save({wrapper: content} if wrapper else content, path)
-        return str(path), state
-
-    return write
+def test_adapt_input_changes_no_other_weights(save):
+    net = Net()
+    state = published()
+    report = load_pretrained(net, save(state), **RULES, adapt_input=True)
+    assert report.adapted == '' and torch.equal(net.stem.weight, state['stem.weight'])
+    state['stem.weight'] = torch.ones(4, 1, 5, 5)
+    with pytest.raises(CheckpointError, match=r'\(4, 1, 5, 5\)') as error:
+        load_pretrained(net, save(state), **RULES, adapt_input=True)
+    assert 'adapt_input=True' not in str(error.value)
 
 
-def build(arch, path, **kwargs):
+def test_adapted_weights_keep_their_kind():
+    weight = torch.rand(4, 3, 3, 3, dtype=torch.double)
+    assert adapt_input_channels(weight, 1).dtype == torch.double
+    assert torch.equal(adapt_input_channels(weight, 3), weight)
+
+
+@pytest.mark.parametrize('kind', ['Pretrained', 'mmengine.Pretrained', PretrainedInit])
+def test_options_of_init_cfg(kind):
+    cfg = dict(type=kind, checkpoint='a.pth')
+    expected = dict(source='a.pth', prefix=None, adapt_input=False)
+    assert pretrained_options(cfg) == pretrained_options([cfg]) == expected
+    more = dict(cfg, prefix='backbone', adapt_input=True, map_location='cpu')
+    expected = dict(source='a.pth', prefix='backbone', adapt_input=True)
+    assert pretrained_options(more) == expected
+
+
+@pytest.mark.parametrize(
+    'cfg', [None, {}, [], dict(type='Normal', std=0.1), [dict(type='Normal')] * 2]
+)
+def test_init_cfg_for_mmengine(cfg):
+    assert pretrained_options(cfg) is None
+
+
+@pytest.mark.parametrize(
+    'cfg, found',
+    [
+        (123, 'found 123'),
+        ('a.pth', "found 'a.pth'"),
+        ([dict(type='Pretrained', checkpoint='a.pth'), 1], 'found 1'),
+        (dict(checkpoint='a.pth'), 'dict with a type'),
+        (dict(type='Pretrained'), 'needs checkpoint'),
+        (dict(type='Pretrained', checkpoint='a', file='b'), 'found checkpoint, file'),
+    ],
+)
+def test_init_cfg_of_another_kind(cfg, found):
+    with pytest.raises(TypeError, match=found):
+        pretrained_options(cfg)
+
+
+TINY = dict(
+    embed_dims=[8, 16, 24, 32],
+    num_heads=[1, 2, 3, 4],
+    depths=[1, 1, 2, 1],
+    sr_ratios=[8, 4, 2, 1],
+    mlp_ratios=2,
+)
+
+
+def rest_file(save, wrapper='model', prefix='', **changes):
+    """A file of the published form: without norm1..3, with a head."""
+    model = ResT(arch={**TINY, **changes}, out_indices=(3,))
+    state = fill({k: v.clone() for k, v in model.state_dict().items()})
+    head = {'head.weight': torch.ones(5, 32), 'head.bias': torch.ones(5)}
+    content = {prefix + k: v for k, v in {**state, **head}.items()}
+    if 'backbone' in prefix:
+        content['roi_heads.box.weight'] = torch.ones(2)
+    return save({wrapper: content} if wrapper else content), state
+
+
+def build(path, arch=TINY, **kwargs):
     init_cfg = {'type': 'Pretrained', 'checkpoint': path}
     model = ResT(arch=arch, init_cfg=init_cfg, **kwargs)
     model.init_weights()
     return model
 
 
-@pytest.mark.parametrize('arch', V1)
-def test_rest_reads_published_checkpoints(published_file, arch):
-    path, state = published_file(f'rest_{arch}')
-    model = build(arch, path)
-    new = [k for k in model.state_dict() if k not in state]
-    assert sorted(new) == sorted(
-        f'norm{i}.{k}' for i in (1, 2, 3) for k in ('weight', 'bias')
-    )
+def test_rest_reads_a_published_checkpoint(published_shapes, save):
+    shapes = published_shapes['rest_lite']
+    dtypes = {k: torch.long if 'tracked' in k else torch.float for k in shapes}
+    state = fill({k: torch.zeros(s, dtype=dtypes[k]) for k, s in shapes.items()})
+    model = build(save(dict(model=state)), 'lite')
     for name, value in model.state_dict().items():
-        if name in state:
-            assert torch.equal(value, state[name]), name
+        assert name in state or name.startswith(('norm1.', 'norm2.', 'norm3.'))
+        assert torch.equal(value, state.get(name, value)), name
 
 
-@pytest.mark.parametrize('wrapper', [None, 'model', 'state_dict', 'state_dict_ema'])
-@pytest.mark.parametrize('prefix', ['', 'module.', 'backbone.', 'backbone.bottom_up.'])
-def test_rest_in_every_form(published_file, wrapper, prefix):
-    others = {'roi_heads.box.weight': torch.ones(2)} if 'backbone' in prefix else {}
-    path, state = published_file('rest_lite', wrapper, prefix, **others)
-    model = build('lite', path)
+@pytest.mark.parametrize(
+    'wrapper, prefix',
+    [
+        (None, ''),
+        ('model', 'module.'),
+        ('state_dict', 'backbone.'),
+        ('state_dict_ema', 'backbone.bottom_up.'),
+        (None, 'backbone.bottom_up.'),
+        ('state_dict', 'module.'),
+    ],
+)
+def test_rest_in_every_form(save, wrapper, prefix):
+    path, state = rest_file(save, wrapper, prefix)
+    model = build(path)
     assert torch.equal(model.stem.conv1.weight, state['stem.conv1.weight'])
     assert torch.equal(model.norm.bias, state['norm.bias'])
 
 
-@pytest.mark.parametrize('out_indices', [(0,), (1, 2), (3,), (1, 2, 3), (0, 1, 2, 3)])
-def test_rest_with_fewer_outputs(published_file, out_indices):
-    path, state = published_file('rest_lite')
-    model = build('lite', path, out_indices=out_indices)
-    for name, value in model.state_dict().items():
-        if name in state:
-            assert torch.equal(value, state[name]), name
+@pytest.mark.parametrize('out_indices', [(0,), (1, 2), (3,), (1, 2, 3)])
+def test_rest_with_fewer_outputs(save, out_indices):
+    path, state = rest_file(save)
+    for name, value in build(path, out_indices=out_indices).state_dict().items():
+        assert torch.equal(value, state.get(name, value)), name
 
 
-@pytest.mark.parametrize('arch, other', [(a, b) for a in V1 for b in V1 if a != b])
-def test_rest_refuses_another_arch(published_file, arch, other):
-    path, _ = published_file(f'rest_{other}')
-    with pytest.raises(CheckpointError, match='arch') as error:
-        build(arch, path)
-    # small and lite, base and large differ in the depth of stage 3 alone
-    if {arch, other} in ({'lite', 'small'}, {'base', 'large'}):
-        assert 'stage3.' in str(error.value)
-    else:
-        assert 'stem.conv1.weight' in str(error.value)
+@pytest.mark.parametrize(
+    'change, found',
+    [
+        (dict(depths=[1, 1, 1, 1]), 'stage3.1'),
+        (dict(depths=[1, 1, 3, 1]), 'stage3.2'),
+        (dict(embed_dims=[16, 32, 48, 64]), 'stem.conv1.weight'),
+    ],
+)
+def test_rest_refuses_another_arch(save, change, found):
+    path, _ = rest_file(save, **change)
+    with pytest.raises(CheckpointError, match='`arch`') as error:
+        build(path)
+    assert found in str(error.value)
 
 
-def test_rest_refuses_v2(published_file):
-    path, _ = published_file('restv2_tiny')
-    with pytest.raises(CheckpointError):
-        build('base', path)
+def test_rest_refuses_v2(save, published_shapes):
+    names = published_shapes['restv2_tiny']
+    with pytest.raises(CheckpointError, match=r'Missing in the file.*stem\.conv1'):
+        build(save({'model': {name: torch.ones(1) for name in names}}))
 
 
-def test_rest_reads_its_own_detector(tmp_path):
+def test_rest_reads_its_own_detector(save):
     """From a trained detector: norm1..3 are there too, and are loaded."""
-    source = ResT(arch='lite')
+    source = ResT(arch=TINY)
     nn.init.constant_(source.norm2.weight, 0.25)
     state = {f'backbone.{k}': v for k, v in source.state_dict().items()}
     state['neck.fpn_convs.0.conv.weight'] = torch.ones(1)
-    torch.save({'state_dict': state, 'meta': {}}, tmp_path / 'epoch_12.pth')
-    model = build('lite', str(tmp_path / 'epoch_12.pth'))
-    assert all(
-        torch.equal(v, source.state_dict()[k]) for k, v in model.state_dict().items()
-    )
+    model = build(save({'state_dict': state, 'meta': {}}))
+    assert unchanged(model, source.state_dict())
+
+
+@pytest.mark.parametrize('channels', [1, 4])
+def test_rest_for_other_images(save, channels):
+    path, state = rest_file(save)
+    with pytest.raises(CheckpointError, match='adapt_input=True'):
+        build(path, in_channels=channels)
+    init_cfg = dict(type='Pretrained', checkpoint=path, adapt_input=True)
+    model = ResT(arch=TINY, in_channels=channels, init_cfg=init_cfg)
+    model.init_weights()
+    found = model.state_dict()
+    expected = adapt_input_channels(state['stem.conv1.weight'], channels)
+    assert torch.equal(found.pop('stem.conv1.weight'), expected)
+    assert all(torch.equal(v, state.get(k, v)) for k, v in found.items())
+
+
+def test_rest_names_a_missing_file_and_a_wrong_init_cfg(tmp_path):
+    with pytest.raises(FileNotFoundError, match='does not exist'):
+        build(str(tmp_path / 'none.pth'))
+    with pytest.raises(TypeError, match='init_cfg must be a dict'):
+        ResT(arch=TINY, init_cfg=123)

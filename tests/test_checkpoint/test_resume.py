@@ -1,12 +1,21 @@
 """Which checkpoint ``--resume`` continues from when files are damaged or missing."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config
+from toy_run import ToyModel
 
-from mmrest.checkpoint import CheckpointError, check_agreement, find_latest
+from mmrest.checkpoint import (
+    CheckpointError,
+    check_load_from,
+    choose_checkpoint,
+    find_latest,
+)
 from mmrest.launch import choose_start
 
 
@@ -180,13 +189,92 @@ def test_first_start_and_config_without_resume(tmp_path, run):
     assert cfg.load_from == str(run / 'iter_100.pth')
 
 
-def test_processes_that_see_different_files(monkeypatch):
-    check_agreement('a.pth')
-    monkeypatch.setattr(
-        'mmrest.checkpoint.resume.all_gather_object', lambda path: [path, 'b.pth']
+@pytest.fixture
+def toy(tmp_path):
+    """A checkpoint of the toy model in a work folder."""
+    work_dir = tmp_path / 'toy'
+    work_dir.mkdir()
+    checkpoint = dict(
+        meta=dict(iter=7, epoch=1, seed=3),
+        state_dict=ToyModel().state_dict(),
+        message_hub={},
     )
-    with pytest.raises(CheckpointError, match=r'process 0: a\.pth, process 1: b\.pth'):
-        check_agreement('a.pth')
+    torch.save(checkpoint, work_dir / 'iter_7.pth')
+    (work_dir / 'last_checkpoint').write_text(str(work_dir / 'iter_7.pth'))
+    return work_dir
+
+
+@pytest.mark.parametrize('resume', ['auto', 'iter_7.pth'])
+def test_the_file_is_read_once(toy, monkeypatch, resume):
+    reads, load = [], torch.load
+    monkeypatch.setattr(
+        torch, 'load', lambda *args, **kw: reads.append(args) or load(*args, **kw)
+    )
+    resume = resume if resume == 'auto' else toy / resume
+    latest = choose_checkpoint(str(toy), resume)
+    check_load_from(ToyModel(), latest)
+    assert len(reads) == 1 and latest.path == str(toy / 'iter_7.pth')
+    with pytest.raises(CheckpointError, match=r'layer.weight \(4, 3\) instead of \(5'):
+        check_load_from(ToyModel(width=5), latest)
+
+
+def test_nan_in_the_chosen_one(toy):
+    """It is not passed over for an older one."""
+    checkpoint = torch.load(toy / 'iter_7.pth')
+    checkpoint['state_dict']['layer.bias'][1] = float('nan')
+    torch.save(checkpoint, toy / 'iter_7.pth')
+    with pytest.raises(CheckpointError, match='NaN .*layer.bias'):
+        check_load_from(ToyModel(), choose_checkpoint(str(toy)))
+
+
+def test_nothing_to_choose(tmp_path):
+    assert choose_checkpoint(str(tmp_path)) is None
+
+
+def test_folders_and_addresses_are_believed(tmp_path):
+    (tmp_path / 'sharded').mkdir()
+    (tmp_path / 'sharded' / '__0_0.distcp').write_bytes(b'x')
+    for path in (str(tmp_path / 'sharded'), 's3://bucket/iter_7.pth'):
+        latest = choose_checkpoint(str(tmp_path), path)
+        assert latest.path == path and latest.iteration == -1
+        check_load_from(ToyModel(), latest)
+
+
+def test_a_process_that_sees_another_file(toy, monkeypatch):
+    monkeypatch.setattr(
+        'mmrest.checkpoint.resume.all_gather_object', lambda size: [size, None]
+    )
+    with pytest.raises(CheckpointError, match=r'process 0: \d+ bytes, process 1: miss'):
+        choose_checkpoint(str(toy))
+
+
+@pytest.mark.slow
+def test_two_processes(server, toy, tmp_path, repo, free_ports):
+    """The first one downloads and reads; an error is raised by both."""
+    url, root = server
+    torch.save({'model': ToyModel().state_dict()}, root / 'rest.pth')
+    hub, lost = tmp_path / 'hub', tmp_path / 'lost'
+    for folder in (hub, lost):
+        folder.mkdir()
+    (lost / 'iter_1.pth').write_bytes(b'')
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2']
+    command += [f'--master_port={next(free_ports)}']
+    command += [str(Path(__file__).with_name('two_processes.py'))]
+    done = subprocess.run(
+        [*command, *map(str, (hub, url, toy, lost))],
+        env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(repo)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        lines = (hub / f'{rank}.txt').read_text().splitlines()
+        failed, count, _, chosen, reads, width, nothing = lines
+        assert 'HTTP Error 404' in failed and count == '7'
+        assert chosen == f'{toy}/iter_7.pth 3' and int(reads) == 1 - rank
+        assert 'instead of (9, 3)' in width
+        assert 'no whole checkpoint' in nothing
 
 
 def test_path_of_weights_alone(run):
