@@ -23,7 +23,7 @@ from .classifier import (
 from .load_from import check_load_from, check_parent_init
 from .loading import LoadReport, load_pretrained, pretrained_options
 from .reading import CheckpointError, CheckpointNotFoundError, read_checkpoint
-from .resume import check_agreement, choose_checkpoint, find_latest, inspect_latest
+from .resume import choose_checkpoint, find_latest, inspect_latest
 from .safe_globals import allow_mmengine_checkpoints
 from .state_dict import read_state_dict
 from .url_loaders import force_safe_loading
@@ -35,7 +35,6 @@ __all__ = [
     'LoadReport',
     'PublishedClassifierHook',
     'allow_mmengine_checkpoints',
-    'check_agreement',
     'check_load_from',
     'check_parent_init',
     'choose_checkpoint',

@@ -222,25 +222,6 @@ def _check_visible(path: str) -> None:
         )
 
 
-def check_agreement(path: Optional[str]) -> None:
-    """Make sure that all processes continue from the same file.
-
-    Args:
-        path (str, optional): The choice of this process.
-
-    Raises:
-        CheckpointError: On all processes, if they differ.
-    """
-    choices = all_gather_object(path)
-    if len(set(choices)) > 1:
-        listed = (f'process {rank}: {choice}' for rank, choice in enumerate(choices))
-        raise CheckpointError(
-            'the processes would continue from different checkpoints ('
-            f'{shorten(listed)}). They must see the same folder; wait until its file '
-            'server has caught up, or name one file: --resume PATH.'
-        )
-
-
 class _ForeignError(CheckpointError):
     """A checkpoint of weights alone."""
 

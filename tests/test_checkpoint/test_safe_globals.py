@@ -1,4 +1,4 @@
-"""mmengine's own checkpoints are read under safe loading, and nothing else."""
+"""MMEngine's own checkpoints are read under safe loading, and nothing else."""
 
 import functools
 import json
@@ -6,12 +6,13 @@ import os
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import toy_run
 from mmengine.logging import HistoryBuffer
+from toy_run import train
 
 from mmrest.checkpoint import (
     CheckpointError,
@@ -21,47 +22,35 @@ from mmrest.checkpoint import (
     read_state_dict,
 )
 from mmrest.checkpoint import safe_globals as module
-from mmrest.checkpoint.safe_globals import ALLOWED, FORCE_SAFE, FORCE_UNSAFE
+from mmrest.checkpoint.safe_globals import ALLOWED
 
 pytestmark = pytest.mark.skipif(
     not module.mmengine_globals_allowed(),
     reason='before torch 2.6 nothing can be allow-listed under another name',
 )
-TOY_RUN = Path(__file__).with_name('toy_run.py')
 
 
-def toy_run(*args, repo):
-    paths = [str(repo), *filter(None, [os.environ.get('PYTHONPATH')])]
-    env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join(paths))
-    env.pop(FORCE_UNSAFE, None)
-    return subprocess.run(
-        [sys.executable, str(TOY_RUN), *map(str, args)],
-        env=env,
+@pytest.fixture(scope='module')
+def whole_run(tmp_path_factory):
+    """A run of four epochs: its folder and its state at the end."""
+    folder = tmp_path_factory.mktemp('whole')
+    return folder, train(folder)
+
+
+@pytest.mark.slow
+def test_resume_in_a_fresh_process(whole_run, tmp_path, repo):
+    """Resumed after two epochs, a run ends as if it had not been stopped."""
+    folder, expected = whole_run
+    out = tmp_path / 'state.json'
+    done = subprocess.run(
+        [sys.executable, toy_run.__file__, tmp_path, folder / 'epoch_2.pth', out],
+        env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(repo)),
         capture_output=True,
         text=True,
         timeout=300,
     )
-
-
-@pytest.fixture(scope='module')
-def whole_run(tmp_path_factory, repo):
-    """A run of four epochs: its folder and its state at the end."""
-    folder = tmp_path_factory.mktemp('whole')
-    done = toy_run(folder, folder / 'state.json', repo=repo)
     assert done.returncode == 0, done.stderr
-    return folder, json.loads((folder / 'state.json').read_text())
-
-
-def test_resume_in_a_fresh_process(whole_run, tmp_path, repo):
-    """Resumed after two epochs, a run ends as if it had not been stopped."""
-    folder, expected = whole_run
-    done = toy_run(
-        *(tmp_path, tmp_path / 'state.json'),
-        *('--resume', folder / 'epoch_2.pth', '--with-mmrest'),
-        repo=repo,
-    )
-    assert done.returncode == 0, done.stderr
-    state = json.loads((tmp_path / 'state.json').read_text())
+    state = json.loads(out.read_text())
     assert state == expected
     assert state['kind'] == 'HistoryBuffer' and len(state['loss']) == 8
 
@@ -254,14 +243,3 @@ def test_before_torch_2_6(monkeypatch, save, weights):
     assert force_safe_loading() is False
     assert torch.serialization.get_safe_globals() == before
     assert read_state_dict(save({'model': weights})).keys() == weights.keys()
-
-
-def test_force_safe_loading(monkeypatch, save, payload):
-    monkeypatch.setenv(FORCE_UNSAFE, '1')
-    monkeypatch.setenv(FORCE_SAFE, '')  # so that it is undone
-    with pytest.warns(UserWarning, match='is ignored'):
-        assert force_safe_loading()
-    path = save({'x': payload})
-    # even a caller that asks for it
-    with pytest.raises(pickle.UnpicklingError):
-        torch.load(path, weights_only=False)

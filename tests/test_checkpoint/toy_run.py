@@ -1,11 +1,11 @@
-"""Train a toy model with mmengine's Runner; run as a program by the tests.
+"""Train a toy model with MMEngine's Runner.
 
 It writes everything that a checkpoint of mmengine can hold: optimizer, scheduler,
 EMA, loss history, numpy values in metrics and in the data set's meta.
 """
 
-import argparse
 import json
+import sys
 
 import numpy as np
 import torch
@@ -93,28 +93,12 @@ def build(work_dir, epochs=4, model=None, **kwargs):
     )
 
 
-def main():
-    """Train, and write what the Runner has at its end."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument('work_dir')
-    parser.add_argument('out')
-    parser.add_argument('--epochs', type=int, default=4)
-    parser.add_argument('--resume')
-    parser.add_argument('--with-mmrest', action='store_true')
-    args = parser.parse_args()
-    if args.with_mmrest:
-        from mmrest.checkpoint import allow_mmengine_checkpoints
-
-        assert allow_mmengine_checkpoints()
-    runner = build(
-        args.work_dir,
-        args.epochs,
-        load_from=args.resume,
-        resume=args.resume is not None,
-    )
+def train(work_dir, epochs=4, resume=None):
+    """Train, and return what the Runner has at its end."""
+    runner = build(work_dir, epochs, load_from=resume, resume=resume is not None)
     model = runner.train()
     loss, counts = runner.message_hub.get_scalar('train/loss').data
-    state = {
+    return {
         'iter': runner.iter,
         'loss': loss.tolist(),
         'counts': counts.tolist(),
@@ -124,9 +108,12 @@ def main():
         'lr': runner.optim_wrapper.get_lr()['lr'],
         'weights': {k: v.tolist() for k, v in model.state_dict().items()},
     }
-    with open(args.out, 'w') as file:
-        json.dump(state, file)
 
 
 if __name__ == '__main__':
-    main()
+    # in a process of its own: WORK_DIR CHECKPOINT OUT
+    from mmrest.checkpoint import allow_mmengine_checkpoints
+
+    assert allow_mmengine_checkpoints()
+    with open(sys.argv[3], 'w') as file:
+        json.dump(train(sys.argv[1], resume=sys.argv[2]), file)

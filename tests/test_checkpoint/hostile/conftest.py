@@ -8,7 +8,7 @@ import pytest
 
 HERE = Path(__file__).parent
 # payload_forms.py, toy_run.py, dirty_sandbox.py
-for folder in (HERE, HERE.parent / 'test_checkpoint', HERE.parent / 'test_dirty_data'):
+for folder in (HERE, HERE.parent, HERE.parent.parent / 'test_dirty_data'):
     sys.path.insert(0, str(folder))
 
 

@@ -1,7 +1,6 @@
 """The command-line tools refuse a payload in one sentence and do not run it."""
 
 import pytest
-import torch
 from dirty_sandbox import Sandbox
 from entries import weights_of
 from payload_forms import FORMS
@@ -59,17 +58,8 @@ def init_cfg(evil, config, folder):
 COMMANDS = {
     'load_from': ('zip', load_from),
     'init_cfg': ('in-state-dict', init_cfg),
-    'resume': ('message_hub', lambda e, c, _: ['train.py', c, '--resume', e]),
     'resume-auto': ('legacy', resume_auto),
     'test': ('zip-by-hand', lambda e, c, _: ['test.py', c, e]),
-    'to_mmdet': (
-        'zip',
-        lambda e, _, f: ['model_converters/detectron2_to_mmdet.py', e, f / 'o.pth'],
-    ),
-    'to_detectron2': (
-        'legacy',
-        lambda e, _, f: ['model_converters/mmdet_to_detectron2.py', e, f / 'o.pth'],
-    ),
     'publish': (
         'message_hub',
         lambda e, _, f: ['model_converters/publish_model.py', e, f / 'o.pth'],
@@ -92,11 +82,3 @@ def test_tools(name, evil, config, run, tmp_path, trace, monkeypatch):
     assert 'Traceback' not in output
     assert 'weights_only=False' not in output  # torch's own advice
     assert not list(tmp_path.glob('o*.pth'))
-
-
-def test_a_tool_takes_the_sound_file(config, run, tmp_path):
-    """What differs above is the payload alone."""
-    torch.save(weights_of(ToyModel()), tmp_path / 'sound.pth')
-    tool = 'model_converters/publish_model.py'
-    output = run(tool, tmp_path / 'sound.pth', tmp_path / 'o.pth', cwd=tmp_path)
-    assert 'written to' in output and len(list(tmp_path.glob('o-*.pth'))) == 1
