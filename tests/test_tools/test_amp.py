@@ -1,0 +1,165 @@
+"""Mixed precision: the words of ``--amp``, data types, and what stays in float32."""
+
+import json
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner.amp import autocast
+from torch import nn
+
+from mmrest import launch
+from mmrest.optim.amp import (
+    AmpError,
+    BFloat16OptimWrapper,
+    choose_dtype,
+    keep_in_float32,
+    train_with_amp,
+)
+
+
+@pytest.mark.parametrize(
+    ('words', 'dtype'),
+    [
+        ('c.py', None),
+        ('--amp c.py', 'auto'),
+        ('c.py --amp', 'auto'),
+        ('c.py --amp --work-dir w', 'auto'),
+        ('--amp bfloat16 c.py', 'bfloat16'),
+        ('--work-dir w --amp float16 c.py', 'float16'),
+        ('c.py --amp=float16', 'float16'),
+        ('c.py --amp bfloat16 --cfg-options a.b=1', 'bfloat16'),
+        ('--cfg-options a.b=1 --amp c.py', 'auto'),
+    ],
+)
+def test_it_may_stand_anywhere(words, dtype):
+    parser = launch.ArgumentParser()
+    launch.add_config_arguments(parser)
+    launch.add_run_arguments(parser)
+    args = parser.parse_args(words.split())
+    assert (args.config, args.amp) == ('c.py', dtype)
+
+
+def test_unknown_data_type(capsys):
+    parser = launch.ArgumentParser()
+    launch.add_run_arguments(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(['--amp=int8'])
+    assert 'bfloat16' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('device', 'supported', 'requested', 'chosen'),
+    [
+        ('cpu', None, 'auto', 'bfloat16'),
+        ('cpu', None, 'bfloat16', 'bfloat16'),
+        ('cpu', None, 'float16', None),
+        ('cuda', True, 'auto', 'bfloat16'),
+        ('cuda', True, 'float16', 'float16'),
+        ('cuda', False, 'auto', 'float16'),
+        ('cuda', False, 'bfloat16', None),
+        ('mps', None, 'auto', None),
+    ],
+)
+def test_choice(monkeypatch, device, supported, requested, chosen):
+    monkeypatch.setattr('mmrest.optim.amp.get_device', lambda: device)
+    monkeypatch.setattr('torch.cuda.is_bf16_supported', lambda **_: supported)
+    monkeypatch.setattr('torch.cuda.get_device_name', lambda: 'an old GPU')
+    if chosen:
+        assert choose_dtype(requested) == chosen
+    else:
+        with pytest.raises(AmpError, match='--amp'):
+            choose_dtype(requested)
+
+
+@pytest.mark.parametrize('kind', ['OptimWrapper', 'AmpOptimWrapper', None])
+def test_optim_wrapper_of_a_config(monkeypatch, kind):
+    optimizer = dict(type='SGD', lr=0.1)
+    wrapper = dict(optimizer=optimizer, accumulative_counts=2)
+    if kind:
+        wrapper['type'] = kind
+    if kind == 'AmpOptimWrapper':
+        wrapper['loss_scale'] = 512.0
+    cfg = Config(dict(optim_wrapper=wrapper))
+    monkeypatch.setattr('mmrest.optim.amp.choose_dtype', lambda requested: requested)
+    train_with_amp(cfg, 'float16')
+    assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
+    expected = 512.0 if kind == 'AmpOptimWrapper' else 'dynamic'
+    assert cfg.optim_wrapper.loss_scale == expected
+    train_with_amp(cfg, 'bfloat16')
+    assert cfg.optim_wrapper == dict(
+        type='mmrest.optim.amp.BFloat16OptimWrapper',
+        optimizer=optimizer,
+        accumulative_counts=2,
+    )
+
+
+@pytest.mark.parametrize('fields', [dict(), dict(optim_wrapper=dict(type='Mine'))])
+def test_other_optim_wrapper_is_refused(fields):
+    with pytest.raises(AmpError, match='without --amp'):
+        train_with_amp(Config(fields), 'auto')
+
+
+def test_bfloat16_step():
+    """Computed in bfloat16; the parameters stay in float32."""
+    model, seen = nn.Linear(3, 2), []
+    model.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    wrapper = BFloat16OptimWrapper(optimizer=optimizer, accumulative_counts=2)
+    before = model.weight.detach().clone()
+    for _ in range(2):
+        with wrapper.optim_context(model):
+            loss = model(torch.ones(4, 3)).float().square().mean()
+        wrapper.update_params(loss)
+    assert seen == [torch.bfloat16] * 2
+    assert model.weight.dtype == torch.float32
+    assert not torch.equal(model.weight, before)
+
+
+def test_coordinates_and_losses_stay_in_float32(config):
+    """bfloat16 tells apart every fourth pixel above 512."""
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        model = MODELS.build(Config.fromfile(config).model).eval()
+    keep_in_float32(model)
+    keep_in_float32(model)
+    features = [torch.rand(1, 32, 24 // 2**i, 32 // 2**i) for i in range(5)]
+    rois = torch.tensor([[0, 517.3, 200.1, 700.7, 301.9]])
+    with autocast(dtype=torch.bfloat16):
+        half = [feature.bfloat16() for feature in features]
+        inner = model.rpn_head.rpn_conv(half[0])
+        scores, deltas = model.rpn_head(half)
+        pooled = model.roi_head.bbox_roi_extractor(half[:4], rois)
+        fc = model.roi_head.bbox_head(pooled)
+    assert inner.dtype == torch.bfloat16
+    for tensor in (*scores, *deltas, *fc, pooled):
+        assert tensor.dtype == torch.float32
+    whole = [feature.float() for feature in half]
+    expected = model.roi_head.bbox_roi_extractor(whole[:4], rois)
+    torch.testing.assert_close(pooled, expected, rtol=0, atol=1e-6)
+    # autocast is as before
+    assert not torch.is_autocast_enabled('cpu')
+
+
+def test_train_and_test(call, config, trained, tmp_path, metrics):
+    options = ['--cfg-options', 'train_cfg.max_iters=2', 'val_cfg=None']
+    options += ['val_dataloader=None', 'val_evaluator=None']
+    output = call(
+        'train.py', '--amp', config, '--work-dir', 'run', *options, cwd=tmp_path
+    )
+    assert 'BFloat16OptimWrapper' in output and (tmp_path / 'run/iter_2.pth').exists()
+
+    checkpoint, found = trained[0] / 'iter_4.pth', {}
+    for name, amp in (('float', []), ('half', ['--amp'])):
+        options = ['--work-dir', name, '--out', f'{name}.json', *amp]
+        call('test.py', *options, config, checkpoint, cwd=tmp_path)
+        found[name] = json.loads((tmp_path / f'{name}.bbox.json').read_text())
+    scores = [sorted(x['score'] for x in found[name]) for name in ('float', 'half')]
+    assert scores[0] != scores[1]
+    means = [sum(s) / len(s) for s in scores]
+    assert means[1] == pytest.approx(means[0], rel=0.05, abs=1e-3)
+
+
+def test_float16_without_gpu(call, config, tmp_path):
+    output = call('train.py', config, '--amp', 'float16', cwd=tmp_path, fails=True)
+    assert 'tools/train.py: --amp float16 needs a GPU' in output
