@@ -21,6 +21,7 @@ if 'mmrest.doctor' not in (_argv or ()) and (_argv or sys.argv[:1] != ['-m']):
         from . import datasets, hooks
         from .checkpoint import allow_mmengine_checkpoints
         from .models import ResT
+        from .utils.toolboxes import register_in_toolboxes
     # ImportError: missing; AssertionError: a version gate; ValueError: NumPy's ABI
     except (ImportError, AssertionError, ValueError) as error:
         raise ImportError(
@@ -32,4 +33,5 @@ if 'mmrest.doctor' not in (_argv or ()) and (_argv or sys.argv[:1] != ['-m']):
     # `mmrest`, it would look in site-packages, where an editable install has none.
     MODULE2PACKAGE['mmrest'] = 'mmrest.config'
     allow_mmengine_checkpoints()
+    register_in_toolboxes(ResT)
     __all__ += ['ResT', 'datasets', 'hooks']

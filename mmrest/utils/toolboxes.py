@@ -1,0 +1,23 @@
+"""Models of mmrest under the names of the toolboxes, such as ``mmdet.ResT``."""
+
+from importlib import import_module
+
+from .config_types import TOOLBOXES
+
+
+def register_in_toolboxes(model: type) -> None:
+    """Register a model with each toolbox that is installed, beside MMEngine's registry.
+
+    MMEngine looks a name without scope up in the parents of a registry, but
+    ``type='mmdet.ResT'`` within the scope mmdet in mmdet's own registry alone.
+
+    Args:
+        model (type): The class.
+    """
+    for toolbox in TOOLBOXES:
+        try:
+            registry = import_module(f'{toolbox}.registry').MODELS
+        except Exception:  # not installed, or it refuses another package's version
+            continue
+        if model.__name__ not in registry.module_dict:
+            registry.register_module(module=model)
