@@ -21,6 +21,8 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..checkpoint.classifier import load_published_classifier
+from ..checkpoint.load_from import check_parent_init
 from ..checkpoint.loading import load_pretrained, pretrained_options
 from ..ops import (
     attention,
@@ -390,6 +392,31 @@ class BaseResT(BaseModule):
             allow_unexpected=self.names_only_in_checkpoints(),
         )
         self._is_init = True
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
+        """Refuse what an ``init_cfg`` of the model around would load in part."""
+        check_parent_init(
+            self,
+            state_dict,
+            prefix,
+            allow_missing=self.names_not_in_checkpoints(),
+            allow_unexpected=self.names_only_in_checkpoints(),
+        )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _checkpoint_filter(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
+        """Let MMPretrain's ``ImageClassifier``, its caller, read published files."""
+        load_published_classifier(
+            self,
+            state_dict,
+            prefix,
+            allow_missing=self.names_not_in_checkpoints(),
+            allow_unexpected=self.names_only_in_checkpoints(),
+        )
 
     def _draw_weights(self) -> None:
         """Truncated normal, std 0.02, for weights; linear biases 0; norms 1 and 0."""
