@@ -1,5 +1,6 @@
-"""Steps of data pipelines, in mmengine's root registry."""
+"""Steps of data pipelines, in mmengine's root registry, and the check before a run."""
 
+from .coco_fields import fill_coco_fields
 from .transforms import CheckImageSize, ImageSizeError
 
-__all__ = ['CheckImageSize', 'ImageSizeError']
+__all__ = ['CheckImageSize', 'ImageSizeError', 'fill_coco_fields']

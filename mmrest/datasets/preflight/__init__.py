@@ -1,13 +1,15 @@
 """What can be known to be wrong before a run starts: files, classes, weights.
 
 ===================  =========================================================
-``datasets.py``      which COCO-format datasets a config uses, and with what
+``reading.py``       a config's datasets without wrappers, parts by their class
 ``coco.py``          an annotation file: readable, consistent, with those classes
 ``masks.py``         its masks: there, of the image's size, and readable
 ``usage.py``         how much of it a run uses, and why not the rest
 ``images.py``        the images that it lists: there, and decodable
+``evaluators.py``    the annotation files that metrics read
 ``segmentation.py``  folders, pairs and label indices of segmentation datasets
 ``model.py``         class counts of the heads, and the weights to start from
+``schedule.py``      loop, sampler, schedules and hooks count in the same unit
 ``work_dir.py``      the folders that the run writes into
 ===================  =========================================================
 
@@ -16,16 +18,21 @@ what to do; all findings are reported together. What does no harm is counted.
 """
 
 import logging
+import os.path as osp
+from collections.abc import Iterable
+from typing import Any, Optional
 
 from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.registry import init_default_scope
 
-from .coco import check_annotations, check_evaluator
-from .datasets import find_coco_datasets
+from .coco import CocoDataset, Content, check_annotations, find_coco_datasets
+from .evaluators import check_evaluators, find_evaluators, with_evaluation
 from .images import check_images
 from .masks import check_masks
 from .model import check_class_counts, check_weights
+from .reading import check_class_text, find_datasets
+from .schedule import check_loaders, check_units
 from .segmentation import check_ignored, check_seg_dataset, find_seg_datasets
 from .usage import describe_use
 from .work_dir import check_folders
@@ -33,14 +40,18 @@ from .work_dir import check_folders
 __all__ = ['PreflightError', 'check_config', 'check_data', 'log_report']
 
 STAGES = dict(train=('train', 'val'), test=('test',))
+Report = list[tuple[int, str]]
 
 
 class PreflightError(ValueError):
     """What stands in the way of a run, one finding a paragraph."""
 
 
-def check_config(cfg: Config, stage: str = 'train') -> list:
+def check_config(cfg: Config, stage: str = 'train') -> Report:
     """Raise if a run of ``cfg`` is bound to fail or to learn something else.
+
+    A run that is resumed (``cfg.resume``) does not read its data files again; they
+    were checked when it began.
 
     The config field ``preflight`` may change the check:
     ``preflight=dict(unused_categories=True, decode=0)``, see :func:`check_data`.
@@ -56,13 +67,22 @@ def check_config(cfg: Config, stage: str = 'train') -> list:
     Raises:
         PreflightError: With every finding.
     """
-    findings = [*check_folders(cfg), *check_weights(cfg, stage)]
-    found, report = _examine(cfg, stage, **cfg.get('preflight', {}))
-    _raise_if_any([*findings, *found])
-    return report
+    _enter_scope(cfg)
+    found = [*check_folders(cfg), *check_weights(cfg, stage)]
+    found += check_loaders(cfg, STAGES[stage])
+    notes: list[str] = []
+    if stage == 'train':
+        clashes, notes = check_units(cfg)
+        found += clashes
+    options = dict(cfg.get('preflight') or {}, read=not cfg.get('resume'))
+    in_data, report = _examine(cfg, stage, **options)
+    _raise_if_any(
+        [*found, *in_data], 'To start without this check, add --no-preflight.'
+    )
+    return [(logging.WARNING, note) for note in notes] + report
 
 
-def check_data(cfg: Config, stage: str = 'train', **options) -> list:
+def check_data(cfg: Config, stage: str = 'train', **options: Any) -> Report:
     """Raise if the datasets of ``cfg`` are incomplete or do not fit it.
 
     Args:
@@ -79,67 +99,129 @@ def check_data(cfg: Config, stage: str = 'train', **options) -> list:
     Raises:
         PreflightError: With every finding.
     """
+    _enter_scope(cfg)
     found, report = _examine(cfg, stage, **options)
     _raise_if_any(found)
     return report
 
 
-def log_report(report: list) -> None:
+def log_report(report: Report) -> None:
     """Log what a check returned; after the Runner is built, into its file too."""
     for level, text in report:
         print_log(text, logger='current', level=level)
 
 
-def _examine(cfg, stage, unused_categories=False, decode=None):
-    """Findings, and the report of sound data."""
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
-    findings, summary, notes = [], [], []
+def _enter_scope(cfg: Config) -> None:
+    # None in pure Python configs
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+
+
+def _examine(
+    cfg: Config,
+    stage: str,
+    unused_categories: bool = False,
+    decode: Optional[int] = None,
+    read: bool = True,
+) -> tuple[list[str], Report]:
+    """Findings, and the report of sound data; without ``read`` no file is opened."""
+    model = cfg.get('model') or {}
+    findings: list[str] = []
+    summary, notes = [], []
     for split in STAGES[stage]:
-        datasets = find_coco_datasets(cfg, split)
-        for dataset in datasets:
-            found, clauses, size = _examine_coco(dataset, unused_categories, decode)
-            found += check_class_counts(cfg.get('model', {}), dataset)
-            findings += [text for text in found if text not in findings]
-            summary += [f'{split}: {size}']
+        texts = [
+            text
+            for place in find_datasets(cfg, split)
+            for text in check_class_text(*place)
+        ]
+        findings += texts
+        if texts:  # the classes are not what was meant
+            continue
+        evaluators = find_evaluators(cfg, split) if split != 'train' else []
+        contents = []
+        for dataset in find_coco_datasets(cfg, split):
+            dataset = with_evaluation(dataset, evaluators)
+            content, found, clauses = None, _find_files(dataset), []
+            if read and osp.isfile(dataset.ann_file):
+                content, texts, clauses = _examine_coco(
+                    dataset, unused_categories, decode
+                )
+                found += texts
+                clauses = [] if found else clauses
+            contents.append((dataset, content))
+            findings += [*found, *check_class_counts(model, dataset)]
+            if content is not None:
+                summary.append(f'{split}: {_size(dataset, content)}')
             if clauses:
                 notes.append(f'{dataset.where}: {"; ".join(clauses)}.')
-        datasets_seg, found = find_seg_datasets(cfg, split)
-        for dataset in datasets_seg:
-            count, texts = check_seg_dataset(dataset, decode)
-            summary.append(f'{split}: {count} images, {len(dataset.classes)} classes')
-            found += texts + check_class_counts(cfg.get('model', {}), dataset)
-        if datasets_seg:
-            found += check_ignored(cfg, split)
-        findings += [text for text in found if text not in findings]
-        if split != 'train':
-            findings += check_evaluator(cfg.get(f'{split}_evaluator'), split, datasets)
+        datasets = find_seg_datasets(cfg, split)
+        for seg_dataset in datasets:
+            if read:
+                count, found = check_seg_dataset(seg_dataset, decode)
+                findings += found
+                summary.append(
+                    f'{split}: {count} images, {len(seg_dataset.classes)} classes'
+                )
+            findings += check_class_counts(model, seg_dataset)
+        findings += check_ignored(cfg, split) if datasets else []
+        findings += check_evaluators(evaluators, contents)
     report = [(logging.WARNING, note) for note in notes]
     if summary:
         report.append((logging.INFO, f'Preflight passed. {"; ".join(summary)}.'))
+    elif not read:
+        report.append((logging.INFO, 'Preflight passed; a resumed run reads no data.'))
     return findings, report
 
 
-def _examine_coco(dataset, unused_categories, decode):
-    """Findings about a dataset, clauses about its use, and its size in words."""
+def _find_files(dataset: CocoDataset) -> list[str]:
+    """Whether the annotation file and the folder of images exist."""
+    where, found = dataset.where, []
+    if not osp.isfile(dataset.ann_file):
+        kind = 'is a folder' if osp.isdir(dataset.ann_file) else 'does not exist'
+        root = dataset.data_root
+        lost = (
+            f', nor does its data_root {root}' if root and not osp.isdir(root) else ''
+        )
+        found.append(
+            f'{where}: the annotation file {osp.abspath(dataset.ann_file)} {kind}'
+            f'{lost}. Put the data there, or set {where}.data_root, .ann_file and '
+            '.data_prefix.img (relative paths start at the current folder).'
+        )
+    elif not osp.isdir(dataset.image_folder):
+        found.append(
+            f'{where}: the image folder {osp.abspath(dataset.image_folder)} does not '
+            f'exist. Put the images there, or set {where}.data_prefix.img.'
+        )
+    return found
+
+
+def _examine_coco(
+    dataset: CocoDataset, unused_categories: bool, decode: Optional[int]
+) -> tuple[Optional[Content], list[str], list[str]]:
+    """A dataset's content, findings about it, and clauses about its use."""
     content, found = check_annotations(dataset, unused_categories)
     if content is None:
-        return found, [], ''
+        return None, found, []
     if dataset.needs_masks:
         place = f'{dataset.where}: {dataset.ann_file}'
         found += [f'{place} {text}' for text in check_masks(dataset, content)]
-    texts, kinds = check_images(dataset, content['images'], decode)
-    size = (
-        f'{len(content["images"])} images, '
-        f'{len(content.get("annotations", ()))} annotations, '
+    kinds: list[str] = []
+    if osp.isdir(dataset.image_folder):
+        texts, kinds = check_images(dataset, content.images, decode)
+        found += texts
+    clauses = [] if found else [*describe_use(dataset, content), *kinds]
+    return content, found, clauses
+
+
+def _size(dataset: CocoDataset, content: Content) -> str:
+    return (
+        f'{len(content.images)} images, {len(content.ids)} annotations, '
         f'{len(dataset.classes)} classes'
     )
-    found += texts
-    return found, [] if found else [*describe_use(dataset, content), *kinds], size
 
 
-def _raise_if_any(findings):
+def _raise_if_any(findings: Iterable[str], advice: str = '') -> None:
+    findings = list(dict.fromkeys(findings))
     if findings:
         count = '1 problem' if len(findings) == 1 else f'{len(findings)} problems'
-        raise PreflightError(
-            f'{count} found before the run:\n\n' + '\n\n'.join(findings)
-        )
+        texts = [f'{count} found before the run:', *findings, advice]
+        raise PreflightError('\n\n'.join(texts).rstrip())

@@ -1,176 +1,416 @@
-"""An annotation file: readable, in COCO format, consistent, with the right classes."""
+"""An annotation file in COCO format: readable, consistent, with the right classes."""
 
+import gc
 import json
-import math
-import os.path as osp
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Optional
 
-IMAGE_FIELDS = ('id', 'file_name', 'width', 'height')
-ANNOTATION_FIELDS = ('id', 'image_id', 'category_id', 'bbox', 'area')
-CATEGORY_FIELDS = ('id', 'name')
-SHOWN = 5
+import numpy as np
+from mmengine.registry import DATASETS
+
+from ...utils.config_types import find_type
+from ...utils.text import shorten
+from ..coco_fields import fields_are_filled
+from .images import applies_exif_orientation
+from .masks import summarise
+from .reading import bases, find_classes, find_datasets, find_steps, is_remote, join
+
+FORMAT = (
+    ' It must be an object with the lists images (id, file_name, width, height), '
+    'annotations (id, image_id, category_id, bbox, area) and categories (id, name).'
+)
 
 
-def check_annotations(dataset, unused_categories: bool = False):
+@dataclass(frozen=True)
+class CocoDataset:
+    """One COCO-format dataset as a config describes it.
+
+    Attributes:
+        where (str): Its place in the config, e.g. ``train_dataloader.dataset``.
+        ann_file (str): Path of the annotation file, ``data_root`` included.
+        data_root (str): As in the config.
+        image_folder (str): Folder that the file names are relative to.
+        classes (tuple[str]): Class names that the run uses, in its order.
+        things (tuple[str]): Those that have boxes; of a panoptic dataset a part.
+        test_mode (bool): Whether images without annotations are used too.
+        min_size (int): Images with a smaller side are left out of training.
+        filter_empty (bool): Whether images without annotations are, too.
+        apply_exif_orientation (bool): Whether images are loaded by it.
+        needs_masks (bool): Whether the pipeline or the metric uses masks.
+        polygons_only (bool): Whether the pipeline takes polygons alone, no RLE.
+        panoptic (bool): Whether annotations are lists of segments.
+        labelled (bool): Whether annotations are used at all.
+        judged (bool): Whether COCO's evaluation reads the file.
+    """
+
+    where: str
+    ann_file: str
+    data_root: str = ''
+    image_folder: str = ''
+    classes: tuple[str, ...] = ()
+    things: tuple[str, ...] = ()
+    test_mode: bool = True
+    min_size: int = 0
+    filter_empty: bool = False
+    apply_exif_orientation: bool = True
+    needs_masks: bool = False
+    polygons_only: bool = False
+    panoptic: bool = False
+    labelled: bool = True
+    judged: bool = False
+
+
+@dataclass
+class Content:
+    """An annotation file of the right format; N annotations as columns.
+
+    Attributes:
+        images (list[dict]): As in the file.
+        categories (list[dict]): As in the file.
+        ids (list): N ids.
+        category_ids (list): N ids of categories.
+        image (ndarray): (N,) index of the image in ``images``; -1 if there is none.
+        category (ndarray): (N,) index of the category, likewise.
+        box (ndarray): (N, 4) x, y, width and height in pixels.
+        area (ndarray): (N,) in square pixels; the box's where the file has none.
+        crowd (ndarray): (N,) bool, ``iscrowd``.
+        ignore (ndarray): (N,) bool.
+        masks (list): N masks, see :func:`.masks.summarise`.
+        missing (dict[str, int]): How many annotations lack a field.
+    """
+
+    images: list[dict]
+    categories: list[dict]
+    ids: list
+    category_ids: list
+    image: np.ndarray
+    category: np.ndarray
+    box: np.ndarray
+    area: np.ndarray
+    crowd: np.ndarray
+    ignore: np.ndarray
+    masks: list
+    missing: dict[str, int]
+
+    def of_classes(self, dataset: CocoDataset) -> np.ndarray:
+        """Which annotations are of the dataset's classes, (N,) bool."""
+        known = [item['name'] in dataset.classes for item in self.categories]
+        # the last is what an index of -1 finds
+        return np.array([*known, False])[self.category]
+
+
+class FormatError(ValueError):
+    """A file that is not in COCO format."""
+
+
+def find_coco_datasets(cfg: Any, split: str) -> list[CocoDataset]:
+    """List the COCO-format datasets of a split.
+
+    Datasets of other formats, and those on other storage than the file system,
+    are passed over.
+
+    Args:
+        cfg (Config): A config.
+        split (str): ``train``, ``val`` or ``test``.
+
+    Returns:
+        list[CocoDataset]: In the order of the config.
+    """
+    return [
+        _describe(where, leaf)
+        for where, leaf in find_datasets(cfg, split)
+        if leaf.get('ann_file') and not is_remote(leaf) and _reads_coco(leaf)
+    ]
+
+
+def _reads_coco(leaf: dict) -> bool:
+    """Whether a dataset class reads its file as mmdet's, of instances or panoptic."""
+    kinds = bases(leaf, DATASETS)
+    coco: Any = kinds.get('CocoDataset')
+    panoptic: Any = kinds.get('CocoPanopticDataset', coco)
+    kind: Any = find_type(leaf, DATASETS)
+    return (
+        coco is not None
+        and kind.load_data_list is coco.load_data_list
+        and kind.parse_data_info is panoptic.parse_data_info
+    )
+
+
+def _describe(where: str, leaf: dict) -> CocoDataset:
+    filters = leaf.get('filter_cfg') or {}
+    masks = [
+        step for step in find_steps(leaf, 'LoadAnnotations') if step.get('with_mask')
+    ]
+    panoptic = 'CocoPanopticDataset' in bases(leaf, DATASETS)
+    classes = find_classes(leaf)
+    return CocoDataset(
+        where=where,
+        ann_file=join(leaf.get('data_root'), leaf['ann_file']),
+        data_root=leaf.get('data_root') or '',
+        image_folder=join(
+            leaf.get('data_root'), (leaf.get('data_prefix') or {}).get('img')
+        ),
+        classes=classes,
+        things=find_classes(leaf, 'thing_classes') if panoptic else classes,
+        test_mode=leaf.get('test_mode', False),
+        min_size=filters.get('min_size', 0),
+        filter_empty=filters.get('filter_empty_gt', False),
+        apply_exif_orientation=applies_exif_orientation(leaf),
+        needs_masks=bool(masks) and not panoptic,
+        polygons_only=any(not step.get('poly2mask', True) for step in masks),
+        panoptic=panoptic,
+        labelled=not find_steps(leaf, 'LoadEmptyAnnotations'),
+    )
+
+
+def check_annotations(
+    dataset: CocoDataset, unused_categories: bool = False
+) -> tuple[Optional[Content], list[str]]:
     """Look for what makes a dataset fail or lose annotations.
 
     Args:
-        dataset (CocoDataset): From :func:`.datasets.find_coco_datasets`.
+        dataset (CocoDataset): From :func:`find_coco_datasets`.
         unused_categories (bool): Whether categories other than the dataset's
             classes may have annotations. Defaults to False.
 
     Returns:
-        tuple[dict | None, list[str]]: The file's content, or None if it cannot be
+        tuple[Content | None, list[str]]: The file's content, or None if it cannot be
         used at all, and the findings.
     """
-    content, finding = _read(dataset)
-    if finding is None:
-        finding = _check_format(dataset, content)
-    if finding is not None:
-        return None, [f'{dataset.where}: {finding}']
+    path = dataset.ann_file
+    try:
+        with open(path, encoding='utf-8') as file:
+            content = parse(_decode(file), dataset)
+    except FormatError as error:
+        return None, [
+            f'{dataset.where}: the annotation file {path} is not in COCO format: '
+            f'{error}'
+        ]
+    except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors alike
+        return None, [
+            f'{dataset.where}: the annotation file {path} is not valid JSON ({error}). '
+            'It may be damaged, cut off, or another kind of file; fetch it again.'
+        ]
     found = [
-        *_check_ids(content),
+        *_check_ids(dataset, content),
         *_check_classes(dataset, content, unused_categories),
         *_check_use(dataset, content),
     ]
-    place = f'{dataset.where}: {dataset.ann_file}'
-    return content, [f'{place} {text}' for text in found]
+    return content, [f'{dataset.where}: {path} {text}' for text in found]
 
 
-def shown(items) -> str:
-    """The first few items, and how many more there are."""
-    items = list(items)
-    text = ', '.join(str(item) for item in items[:SHOWN])
-    more = len(items) - SHOWN
-    return f'{text} and {more} more' if more > 0 else text
+def _decode(file: Any) -> Any:
+    """Read JSON; polygons are summarised at once, which saves most of the memory."""
 
+    def summarise_mask(item: dict) -> dict:
+        if 'segmentation' in item:
+            item['segmentation'] = summarise(item['segmentation'])
+        return item
 
-def _read(dataset):
-    path = dataset.ann_file
-    if not osp.isfile(path):
-        place = f'{osp.abspath(path)} does not exist'
-        if dataset.data_root and not osp.isdir(dataset.data_root):
-            place += f', nor does its data_root {dataset.data_root}'
-        elif osp.isdir(path):
-            place = f'{osp.abspath(path)} is a folder'
-        return None, (
-            f'the annotation file {place}. Put the data there, or set '
-            f'{dataset.where}.data_root, .ann_file and .data_prefix.img (relative '
-            'paths start at the current folder).'
-        )
+    collects = gc.isenabled()
+    gc.disable()  # it would look through millions of objects again and again
     try:
-        with open(path, encoding='utf-8') as file:
-            return json.load(file), None
-    except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors alike
-        return None, (
-            f'the annotation file {path} is not valid JSON ({error}). It may be '
-            'damaged, cut off, or another kind of file; fetch it again.'
-        )
+        return json.load(file, object_hook=summarise_mask)
+    finally:
+        if collects:
+            gc.enable()
 
 
-def _check_format(dataset, content):
-    start = f'the annotation file {dataset.ann_file} is not in COCO format: '
-    end = (
-        ' It must be an object with the lists images (id, file_name, width, height), '
-        'annotations (id, image_id, category_id, bbox, area) and categories (id, name).'
-    )
+def parse(content: Any, dataset: CocoDataset) -> Content:
+    """Turn the content of an annotation file into columns.
+
+    Args:
+        content (dict): As JSON holds it, with masks summarised.
+        dataset (CocoDataset): Whose it is.
+
+    Raises:
+        FormatError: If it is not in COCO format.
+    """
     if not isinstance(content, dict):
-        return f'{start}it holds a {type(content).__name__}.{end}'
-    parts = dict(images=IMAGE_FIELDS, categories=CATEGORY_FIELDS)
-    if 'annotations' in content or not dataset.test_mode:
-        parts['annotations'] = ANNOTATION_FIELDS
-    for part, fields in parts.items():
-        if not isinstance(content.get(part), list):
-            return f'{start}it has no list "{part}".{end}'
-        for index, item in enumerate(content[part]):
-            if not isinstance(item, dict):
-                return f'{start}{part}[{index}] is not an object.{end}'
-            missing = [field for field in fields if field not in item]
-            if missing:
-                return f'{start}{part}[{index}] has no {", ".join(missing)}.{end}'
-    for item in content.get('annotations', ()):
-        if not _is_box(item['bbox']):
-            return (
-                f'{start}the bbox of annotation {item["id"]} is {item["bbox"]!r}, '
-                'not [x, y, width, height] in pixels.'
-            )
-        if not _is_number(item['area']):
-            return (
-                f'{start}the area of annotation {item["id"]} is {item["area"]!r}, not '
-                'a number of pixels.'
-            )
-    for item in content['images']:
-        sides = item['width'], item['height']
-        if not all(_is_number(side) and side > 0 for side in sides):
-            return f'{start}image {item["id"]} is {sides[0]!r}x{sides[1]!r} pixels.'
+        raise FormatError(f'it holds a {type(content).__name__}.{FORMAT}')
+    images = _objects(content, 'images', ('id', 'file_name', 'width', 'height'))
+    categories = _objects(content, 'categories', ('id', 'name'))
+    items: list[dict] = []
+    if 'annotations' in content or (dataset.labelled and not dataset.test_mode):
+        if dataset.panoptic:
+            content = dict(annotations=list(_segments(content)))
+        fields = ('id', 'image_id', 'category_id', 'bbox')
+        items = _objects(content, 'annotations', fields)
+
+    for item in images:
         if not isinstance(item['file_name'], str):
-            return f'{start}image {item["id"]} is named {item["file_name"]!r}.'
-    return None
+            raise FormatError(f'image {item["id"]} is named {item["file_name"]!r}.')
+    sides = [[item['width'], item['height']] for item in images]
+    for row in np.flatnonzero(~(_numbers(sides, 2) > 0).all(1)):
+        width, height = sides[row]
+        raise FormatError(f'image {images[row]["id"]} is {width!r}x{height!r} pixels.')
+    ids = [item['id'] for item in items]
+    category_ids = [item['category_id'] for item in items]
+    boxes = [item['bbox'] for item in items]
+    areas = [item.get('area', 0) for item in items]
+    crowds = [item.get('iscrowd', 0) for item in items]
+    box, area = _numbers(boxes, 4), _numbers([[value] for value in areas], 1)[:, 0]
+    crowd = np.array([value in (0, 1) for value in crowds], bool)
+    for name, values, sound, meaning in (
+        ('bbox', boxes, ~np.isnan(box).any(1), '[x, y, width, height] in pixels'),
+        ('area', areas, ~np.isnan(area), 'a number of pixels'),
+        ('iscrowd', crowds, crowd, '0 or 1'),
+    ):
+        for row in np.flatnonzero(~sound):
+            raise FormatError(
+                f'the {name} of annotation {ids[row]} is {values[row]!r}, not '
+                f'{meaning}.'
+            )
+    lacks_area = np.array(['area' not in item for item in items], bool)
+    return Content(
+        images=images,
+        categories=categories,
+        ids=ids,
+        category_ids=category_ids,
+        image=_places([item['image_id'] for item in items], images),
+        category=_places(category_ids, categories),
+        box=box,
+        area=np.where(lacks_area, box[:, 2] * box[:, 3], area),
+        crowd=np.array(crowds, bool),
+        ignore=np.array([bool(item.get('ignore')) for item in items], bool),
+        masks=[item.get('segmentation') for item in items],
+        missing=dict(
+            area=int(lacks_area.sum()),
+            iscrowd=sum('iscrowd' not in item for item in items),
+        ),
+    )
 
 
-def _is_box(box):
-    return isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))
+def _segments(content: dict) -> Iterator[dict]:
+    """The segments of a panoptic file as annotations of their images."""
+    fields = ('image_id', 'file_name', 'segments_info')
+    for index, item in enumerate(_objects(content, 'annotations', fields)):
+        if not isinstance(item['segments_info'], list):
+            raise FormatError(f'annotations[{index}].segments_info is no list.')
+        for segment in item['segments_info']:
+            yield {**segment, 'image_id': item['image_id']}
 
 
-def _is_number(value):
-    # JSON as Python reads and writes it knows NaN and Infinity.
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def _objects(content: dict, part: str, fields: tuple[str, ...]) -> list[dict]:
+    """A list of a file, whose objects have these fields."""
+    items, wanted = content.get(part), set(fields)
+    if not isinstance(items, list):
+        raise FormatError(f'it has no list "{part}".{FORMAT}')
+    keys = [field for field in fields if field == 'name' or field.endswith('id')]
+    for index, item in enumerate(items):
+        if not isinstance(item, dict):
+            raise FormatError(f'{part}[{index}] is not an object.{FORMAT}')
+        if not wanted <= item.keys():
+            missing = ', '.join(field for field in fields if field not in item)
+            raise FormatError(f'{part}[{index}] has no {missing}.{FORMAT}')
+        for key in keys:
+            if not isinstance(item[key], (int, str, float)):
+                raise FormatError(
+                    f'the {key} of {part}[{index}] is {item[key]!r}, neither a number '
+                    'nor text.'
+                )
+    return items
 
 
-def _check_ids(content):
-    images = {item['id'] for item in content['images']}
-    categories = {item['id'] for item in content['categories']}
-    annotations = content.get('annotations', ())
-    for part in ('images', 'annotations', 'categories'):
-        counts = Counter(item['id'] for item in content.get(part, ()))
-        twice = [key for key, count in counts.items() if count > 1]
-        if twice:
-            yield f'uses an id of {part} more than once: {shown(twice)}. Renumber them.'
-    lost = [item['id'] for item in annotations if item['image_id'] not in images]
-    if lost:
+def _numbers(rows: list, length: int) -> np.ndarray:
+    """Make an array of (N, length), with NaN for what is not a finite number."""
+    values = np.full((len(rows), length), np.nan)
+    kinds = set(
+        map(type, chain.from_iterable(row for row in rows if type(row) is list))
+    )
+    whole = all(type(row) is list and len(row) == length for row in rows)
+    if whole and kinds <= {int, float, bool}:
+        values[:] = np.array(rows, float).reshape(-1, length)
+    else:  # row by row, past those that are to be named
+        for row, items in zip(values, rows):
+            if isinstance(items, list) and len(items) == length:
+                for column, item in enumerate(items):
+                    if isinstance(item, (int, float)):
+                        row[column] = item
+    values[~np.isfinite(values)] = np.nan
+    return values
+
+
+def _places(keys: list, items: list[dict]) -> np.ndarray:
+    """Where the items with these ids are; -1 for an id that none has."""
+    places = {item['id']: row for row, item in enumerate(items)}
+    return np.array([places.get(key, -1) for key in keys], int)
+
+
+def _check_ids(dataset: CocoDataset, content: Content) -> Iterator[str]:
+    parts = dict(
+        images=[item['id'] for item in content.images],
+        categories=[item['id'] for item in content.categories],
+        # ids of segments are colours of an image
+        annotations=[] if dataset.panoptic else content.ids,
+    )
+    for part, ids in parts.items():
+        if len(set(ids)) < len(ids):
+            twice = [key for key, count in Counter(ids).items() if count > 1]
+            yield (
+                f'uses an id of {part} more than once: {shorten(twice)}. Renumber them.'
+            )
+    rows = np.flatnonzero(content.image < 0)
+    if len(rows):
         yield (
-            f'has {len(lost)} annotations of images that it does not list: annotation '
-            f'{shown(lost)}. Remove them or add their images.'
+            f'has {len(rows)} annotations of images that it does not list: annotation '
+            f'{shorten(content.ids[row] for row in rows)}. Remove them or add their '
+            'images.'
         )
-    lost = [item for item in annotations if item['category_id'] not in categories]
-    if lost:
-        names = sorted({str(item['category_id']) for item in lost})
+    rows = np.flatnonzero(content.category < 0)
+    if len(rows):
+        keys = sorted({str(content.category_ids[row]) for row in rows})
         yield (
-            f'has {len(lost)} annotations of categories that it does not list: '
-            f'category_id {shown(names)} in annotation '
-            f'{shown(item["id"] for item in lost)}. Remove them or add the categories.'
+            f'has {len(rows)} annotations of categories that it does not list: '
+            f'category_id {shorten(keys)} in annotation '
+            f'{shorten(content.ids[row] for row in rows)}. Remove them or add the '
+            'categories.'
         )
+    if not dataset.judged or fields_are_filled():
+        return
+    for field, count in content.missing.items():
+        if count:
+            yield (
+                f'has {count} annotations without {field}, which the evaluation needs. '
+                'Add it, or call mmrest.datasets.fill_coco_fields() before the run, as '
+                'tools/train.py does.'
+            )
 
 
-def _check_classes(dataset, content, unused_categories):
-    names = [item['name'] for item in content['categories']]
+def _check_classes(
+    dataset: CocoDataset, content: Content, unused_categories: bool
+) -> Iterator[str]:
+    names = [item['name'] for item in content.categories]
+    if not dataset.classes:  # the class of the dataset reads them from elsewhere
+        return
     field = f'{dataset.where}.metainfo.classes'
     advice = (
-        f'Set {field}=({", ".join(map(repr, names[:80]))}) and num_classes='
-        f'{len(names)} of the heads, or correct the file.'
+        f'Set {field}={tuple(names[:80])} and num_classes={len(names)} of the '
+        'heads, or correct the file.'
     )
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        yield f'names categories more than once: {shown(twice)}. Names must be unique.'
+        yield f'names categories twice: {shorten(twice)}. Names must be unique.'
         return
-    unknown = [name for name in dataset.classes if name not in names]
+    known = set(names)
+    unknown = [name for name in dataset.classes if name not in known]
     if unknown:
         yield (
-            f'has the categories {shown(names)} ({len(names)}), but the config has '
+            f'has the categories {shorten(names)} ({len(names)}), but the config has '
             f'{len(dataset.classes)} classes, of which {len(unknown)} are not in the '
-            f'file: {shown(unknown)}. {advice}'
+            f'file: {shorten(unknown)}. {advice}'
         )
         return
-    ids = {item['id']: item['name'] for item in content['categories']}
-    used = Counter(
-        ids.get(item['category_id']) for item in content.get('annotations', ())
-    )
-    unused = [name for name in names if used[name] and name not in dataset.classes]
-    if unused and not unused_categories:
+    others = ~content.of_classes(dataset) & (content.category >= 0)
+    if others.any() and not unused_categories:
+        unused = [names[row] for row in np.unique(content.category[others])]
         yield (
-            f'has {sum(used[name] for name in unused)} annotations of categories that '
-            f'are not among the {len(dataset.classes)} classes of the config: '
-            f'{shown(unused)}. {advice} To leave them out on purpose: --cfg-options '
+            f'has {others.sum()} annotations of categories that are not among the '
+            f'{len(dataset.classes)} classes of the config: {shorten(unused)}. '
+            f'{advice} To leave them out on purpose: --cfg-options '
             'preflight.unused_categories=True.'
         )
         return
@@ -179,67 +419,22 @@ def _check_classes(dataset, content, unused_categories):
         yield (
             'lists the categories in another order than the config, and labels follow '
             f'the file, so classes would be called by wrong names. Set {field}='
-            f'({", ".join(map(repr, order))}).'
+            f'{order}.'
         )
 
 
-def _check_use(dataset, content):
-    if not content['images']:
+def _check_use(dataset: CocoDataset, content: Content) -> Iterator[str]:
+    if not content.images:
         yield 'lists no images. Give a file with images.'
-    elif not dataset.test_mode and not _trainable_images(dataset, content):
-        sides = f' and sides of {dataset.min_size} pixels' if dataset.min_size else ''
-        yield (
-            f'lists {len(content["images"])} images, none of which can be trained on: '
-            f'an image needs at least one annotation of the classes{sides}.'
-        )
-
-
-def _trainable_images(dataset, content):
-    categories = {
-        item['id'] for item in content['categories'] if item['name'] in dataset.classes
-    }
-    large = {
-        item['id']
-        for item in content['images']
-        if min(item['width'], item['height']) >= dataset.min_size
-    }
-    return large & {
-        item['image_id']
-        for item in content['annotations']
-        if item['category_id'] in categories
-    }
-
-
-def check_evaluator(evaluator, split: str, datasets) -> list:
-    """Check that the evaluator judges by the annotations of the images it is given.
-
-    Args:
-        evaluator (dict | list[dict] | None): As in the config.
-        split (str): ``val`` or ``test``.
-        datasets (list[CocoDataset]): The split's datasets.
-
-    Returns:
-        list[str]: Findings.
-    """
-    found = []
-    for metric in evaluator if isinstance(evaluator, (list, tuple)) else [evaluator]:
-        path = (metric or {}).get('ann_file')
-        if not path or metric.get('backend_args') or '://' in path:
-            continue
-        where = f'{split}_evaluator.ann_file'
-        read = [dataset.ann_file for dataset in datasets]
-        if not osp.isfile(path):
-            # An absent dataset file of the same name is reported already.
-            if osp.abspath(path) not in map(osp.abspath, read):
-                found.append(
-                    f'{where}: {osp.abspath(path)} does not exist. Set it to the '
-                    f'annotation file of the {split} dataset: {shown(read) or "none"}.'
-                )
-        elif read and not any(
-            osp.isfile(other) and osp.samefile(path, other) for other in read
-        ):
-            found.append(
-                f'{where}: it judges by {path}, but the {split} dataset is '
-                f'{shown(read)}. Set both to the same file.'
+    elif dataset.labelled and not dataset.test_mode:
+        use = content.of_classes(dataset) | (not dataset.classes)
+        use &= content.image >= 0
+        sides = [min(item['width'], item['height']) for item in content.images]
+        if not (np.array(sides)[content.image[use]] >= dataset.min_size).any():
+            limit = (
+                f' and sides of {dataset.min_size} pixels' if dataset.min_size else ''
             )
-    return found
+            yield (
+                f'lists {len(content.images)} images, none of which can be trained on: '
+                f'an image needs at least one annotation of the classes{limit}.'
+            )

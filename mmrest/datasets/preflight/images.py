@@ -4,18 +4,23 @@ import os
 import os.path as osp
 import warnings
 from collections import Counter
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import cv2
 import mmcv
 from PIL import Image, UnidentifiedImageError
 
-from .coco import shown
+from ...utils.text import shorten
+from .reading import find_steps
+
+if TYPE_CHECKING:
+    from .coco import CocoDataset
 
 # Decoding all of a large set takes minutes; the loader names a file that fails.
 ALL_UP_TO = 500
 SAMPLE = 100
 
-EXIF_ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)
+EXIF_ORIENTATION, SWAPS_SIDES = 0x0112, (5, 6, 7, 8)
 WIDTH_TAG, HEIGHT_TAG = 0x0100, 0x0101
 # What OpenCV, the loader, decodes whenever Pillow does.
 SHARED = ('JPEG', 'MPO', 'PNG', 'BMP', 'PPM', 'WEBP')
@@ -29,107 +34,50 @@ MODES = {
     'CMYK': 'CMYK, converted by OpenCV without a colour profile',
     'I': 'of more than 8 bits, of which the upper 8 are kept',
 }
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
-def check_images(dataset, images: list, decode=None):
-    """Check that images exist, and that some of them can be decoded.
+class ImageError(ValueError):
+    """An image that cannot be used; the text follows its name."""
+
+
+class ImageFacts(NamedTuple):
+    """What a whole image file becomes when it is loaded.
+
+    Attributes:
+        size (tuple[int, int]): Width and height in pixels, as loaded.
+        kind (str | None): What it is, if it is no plain RGB.
+        note (str): How its EXIF orientation decides about the size; mostly empty.
+        applied (bool | None): Whether the loader applies its EXIF orientation; None
+            if it has none.
+    """
+
+    size: tuple[int, int]
+    kind: Optional[str]
+    note: str
+    applied: Optional[bool]
+
+
+def applies_exif_orientation(dataset: dict) -> bool:
+    """Whether the pipeline of a dataset loads images by their EXIF orientation."""
+    return all(
+        step.get('color_type', 'color') in ('color', 'grayscale')
+        and step.get('imdecode_backend', 'cv2') in ('cv2', 'pillow')
+        for step in find_steps(dataset, 'LoadImageFromFile')
+    )
+
+
+def inspect_image(path: str, apply_exif_orientation: bool = True) -> ImageFacts:
+    """Decode an image file.
 
     Args:
-        dataset (CocoDataset): From :func:`.datasets.find_coco_datasets`.
-        images (list[dict]): The list of that name in the annotation file.
-        decode (int | None): How many to decode, evenly spread. Defaults to None:
-            all where there are at most 500, else 100.
+        path (str): The file.
+        apply_exif_orientation (bool): Whether the pipeline wants it applied.
+            Default: True.
 
-    Returns:
-        tuple[list[str], list[str]]: Findings, and one clause a kind of image that
-        is converted when it is loaded, as ``'2 of 90 decoded images are grey'``.
+    Raises:
+        ImageError: If it is no image, is damaged, or OpenCV cannot read it.
     """
-    folder = dataset.image_folder
-    if not osp.isdir(folder):
-        return [
-            f'{dataset.where}: the image folder {osp.abspath(folder)} does not exist. '
-            f'Put the images there, or set {dataset.where}.data_prefix.img.'
-        ], []
-    present, missing, empty = _split(folder, images)
-    found = []
-    if missing:
-        names = shown(item['file_name'] for item in missing)
-        found.append(
-            f'{dataset.where}: {len(missing)} of {len(images)} images listed in '
-            f'{dataset.ann_file} are not in {folder}: {names}. Fetch them, or remove '
-            'them and their annotations from the file.'
-        )
-    if empty:
-        names = shown(item['file_name'] for item in empty)
-        found.append(
-            f'{dataset.where}: {len(empty)} of {len(images)} images in {folder} are '
-            f'empty files (0 bytes): {names}. Fetch them again, or remove them and '
-            'their annotations from the file.'
-        )
-    if decode is None:
-        decode = len(present) if len(present) <= ALL_UP_TO else SAMPLE
-    sample = _spread(present, decode)
-    bad, kinds = [], Counter()
-    for path, item in sample:
-        fault = _decode(path, item, dataset.turned, kinds)
-        if fault:
-            bad.append(fault)
-    if bad:
-        found.append(
-            f'{dataset.where}: {len(bad)} of {len(sample)} decoded '
-            f'images in {folder} are unusable: {"; ".join(bad[:5])}. Fetch them '
-            'again, or remove them and their annotations from the file.'
-        )
-    return found, [
-        f'{count} of {len(sample)} decoded images are {kind}'
-        for kind, count in sorted(kinds.items())
-    ]
-
-
-def _split(folder, images):
-    """Images that are there, as (path, item), that are not, and of no bytes."""
-    listings, present, missing, empty = {}, [], [], []
-    for item in images:
-        path = osp.join(folder, item['file_name'])
-        parent, name = osp.split(path)
-        if parent not in listings:
-            # One listing a folder: asking for every file is slow on network disks.
-            listings[parent] = _sizes(parent)
-        size = listings[parent].get(name)
-        if size is None:
-            missing.append(item)
-        elif size == 0:
-            empty.append(item)
-        else:
-            present.append((path, item))
-    return present, missing, empty
-
-
-def _sizes(folder):
-    """The files of a folder and their sizes in bytes."""
-    if not osp.isdir(folder):
-        return {}
-    with os.scandir(folder) as entries:
-        return {entry.name: _size(entry) for entry in entries}
-
-
-def _size(entry):
-    try:
-        return entry.stat().st_size
-    except OSError:  # a link to nowhere
-        return None
-
-
-def _spread(items, count):
-    if count >= len(items):
-        return items
-    return [items[index * len(items) // count] for index in range(count)]
-
-
-def _decode(path, item, turned, kinds):
-    """What is wrong with an image file, or None; counts what kind it is."""
-    name, stated = item['file_name'], (item['width'], item['height'])
-    note = ''
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # about metadata
@@ -137,44 +85,148 @@ def _decode(path, item, turned, kinds):
                 size, kind = image.size, MODES.get(image.mode.partition(';')[0])
                 form = image.format
                 orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-                if form == 'TIFF':  # which Pillow turns by itself
+                if form == 'TIFF':  # to which Pillow applies it by itself
                     size = image.tag_v2[WIDTH_TAG], image.tag_v2[HEIGHT_TAG]
                 # A JPEG is read to its end at an eighth of the size, much faster.
                 image.draft('RGB', (size[0] // 8, size[1] // 8))
                 image.load()
     except UnidentifiedImageError:
-        image = _opencv(path)
-        if image is None:
-            return f'{name} ({os.stat(path).st_size} bytes) is not an image'
-        size, kind, orientation, form = image.shape[1::-1], None, 1, SHARED[0]
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f'{name} cannot be decoded ({error})'
-    if form not in SHARED and _opencv(path) is None:
-        return f'{name} is a {form} image of a kind that OpenCV cannot decode'
-    if orientation in TURNED and turned:
-        # the version of OpenCV decides for which formats
-        loaded = _opencv(path)
-        turned = loaded is None or loaded.shape[1::-1] != size
-    if orientation in TURNED and turned:
-        size = size[::-1]
-        note = ' when it is turned as its EXIF data say, which the loader does'
-    elif orientation in TURNED:
-        note = ' (the loader does not turn it as its EXIF data say)'
-    if stated != size:
-        return (
-            f'{name} is {size[0]}x{size[1]} pixels{note}, but the annotation file says '
-            f'{stated[0]}x{stated[1]}'
+        pixels = _read_opencv(path)
+        if pixels is None:
+            raise ImageError(
+                f'({os.stat(path).st_size} bytes) is not an image'
+            ) from None
+        size, kind, orientation, form = pixels.shape[1::-1], None, 1, SHARED[0]
+    except DECODE_ERRORS as error:
+        raise ImageError(f'cannot be decoded ({error})') from error
+    if form not in SHARED and _read_opencv(path) is None:
+        raise ImageError(f'is a {form} image of a kind that OpenCV cannot decode')
+    if orientation == 1:
+        return ImageFacts(size, kind, '', None)
+    applied, note = apply_exif_orientation, ''
+    if orientation in SWAPS_SIDES:
+        if applied:  # the version of OpenCV decides for which formats
+            pixels = _read_opencv(path)
+            applied = pixels is None or pixels.shape[1::-1] != size
+        note = ' (the loader does not apply its EXIF orientation)'
+        if applied:
+            size = size[::-1]
+            note = ' when its EXIF orientation is applied, which the loader does'
+    return ImageFacts(size, kind, note, applied)
+
+
+def check_images(
+    dataset: 'CocoDataset', images: list[dict], decode: Optional[int] = None
+) -> tuple[list[str], list[str]]:
+    """Check that images exist, and that some of them can be decoded.
+
+    Args:
+        dataset (CocoDataset): From :func:`.coco.find_coco_datasets`.
+        images (list[dict]): The list of that name in the annotation file.
+        decode (int | None): See :func:`spread`.
+
+    Returns:
+        tuple[list[str], list[str]]: Findings, and one clause a kind of image that
+        is converted when it is loaded, as ``'2 of 90 decoded images are grey'``.
+    """
+    folder = dataset.image_folder
+    names = [item['file_name'] for item in images]
+    sizes = file_sizes([osp.join(folder, name) for name in names])
+    missing = [name for name, size in zip(names, sizes) if size is None]
+    empty = [name for name, size in zip(names, sizes) if size == 0]
+    present = [item for item, size in zip(images, sizes) if size]
+    found = []
+    if missing:
+        found.append(
+            f'{dataset.where}: {len(missing)} of {len(images)} images listed in '
+            f'{dataset.ann_file} are not in {folder}: {shorten(missing)}. Fetch them, '
+            'or remove them and their annotations from the file.'
         )
-    if kind:
-        kinds[kind] += 1
-    if orientation != 1:
-        done = 'turned' if turned else 'not turned'
-        kinds[f'{done} as their EXIF data say; boxes must be drawn accordingly'] += 1
-    return None
+    if empty:
+        found.append(
+            f'{dataset.where}: {len(empty)} of {len(images)} images in {folder} are '
+            f'empty files (0 bytes): {shorten(empty)}. Fetch them again, or remove '
+            'them and their annotations from the file.'
+        )
+    bad: list[str] = []
+    kinds: Counter = Counter()
+    sample = spread(present, decode)
+    for item in sample:
+        name, stated = item['file_name'], (item['width'], item['height'])
+        try:
+            facts = inspect_image(
+                osp.join(folder, name), dataset.apply_exif_orientation
+            )
+        except ImageError as error:
+            bad.append(f'{name} {error}')
+            continue
+        if stated != facts.size:
+            bad.append(
+                f'{name} is {facts.size[0]}x{facts.size[1]} pixels{facts.note}, but '
+                f'the annotation file says {stated[0]}x{stated[1]}'
+            )
+            continue
+        if facts.kind:
+            kinds[f'are {facts.kind}'] += 1
+        if facts.applied is not None:
+            done = 'applied' if facts.applied else 'not applied'
+            kinds[
+                f'have an EXIF orientation, which is {done}; boxes must be drawn '
+                'accordingly'
+            ] += 1
+    if bad:
+        found.append(
+            f'{dataset.where}: {len(bad)} of {len(sample)} decoded images in {folder} '
+            f'are unusable: {"; ".join(bad[:5])}. Fetch them again, or remove them and '
+            'their annotations from the file.'
+        )
+    return found, [
+        f'{count} of {len(sample)} decoded images {kind}'
+        for kind, count in sorted(kinds.items())
+    ]
 
 
-def _opencv(path):
-    """Formats that OpenCV alone can read."""
+def spread(items: list, count: Optional[int]) -> list:
+    """Choose the items to decode, evenly spread.
+
+    Args:
+        items (list): All of them.
+        count (int | None): How many; None for all where there are at most 500, else
+            100.
+    """
+    if count is None:
+        count = len(items) if len(items) <= ALL_UP_TO else SAMPLE
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
+
+
+def file_sizes(paths: list[str]) -> list[Optional[int]]:
+    """Sizes of files in bytes; None for one that is not there.
+
+    It lists each folder once: asking for every file is slow on network disks.
+    """
+    listings: dict[str, dict[str, Optional[int]]] = {}
+    sizes = []
+    for path in paths:
+        folder, name = osp.split(path)
+        if folder not in listings:
+            listings[folder] = {}
+            if osp.isdir(folder):
+                with os.scandir(folder) as entries:
+                    listings[folder] = {entry.name: _size(entry) for entry in entries}
+        sizes.append(listings[folder].get(name))
+    return sizes
+
+
+def _size(entry: os.DirEntry) -> Optional[int]:
+    try:
+        return entry.stat().st_size
+    except OSError:  # a link to nowhere
+        return None
+
+
+def _read_opencv(path: str) -> Any:
+    """Pixels of (height, width, 3), or None."""
     try:
         return mmcv.imread(path)
     except cv2.error:  # an empty file

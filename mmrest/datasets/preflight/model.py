@@ -1,73 +1,99 @@
 """Class counts of the heads, and the weights that a run starts from."""
 
 import os.path as osp
+from collections.abc import Iterator
+from typing import Any, Optional, Union
+
+from mmengine.registry import MODELS
+
+from ...utils.config_types import type_name
+from .coco import CocoDataset
+from .reading import bases, walk
+from .segmentation import SegDataset
+
+# Heads that learn something else than the classes of the dataset: pixels of another
+# label set beside the boxes, and boundaries.
+OTHER_HEADS = {'FusedSemanticHead', 'SCNetSemanticHead', 'STDCHead'}
 
 
-def check_class_counts(model, dataset) -> list:
+def check_class_counts(
+    model: Any, dataset: Union[CocoDataset, SegDataset]
+) -> Iterator[str]:
     """Compare every head's ``num_classes`` with the classes of a dataset.
 
     Args:
         model (dict): Model config.
-        dataset (CocoDataset): From :func:`.datasets.find_coco_datasets`.
+        dataset (CocoDataset | SegDataset): One with its classes.
 
-    Returns:
-        list[str]: Findings.
+    Yields:
+        str: At most one finding.
     """
-    count = len(dataset.classes)
-    wrong = {
-        f'{where}.num_classes': part['num_classes']
-        for where, part in _dicts(model, 'model')
-        # A region proposal head tells objects from background alone.
-        if isinstance(part.get('num_classes'), int)
-        and 'rpn' not in where
-        and not part.get('class_agnostic')
-        and part['num_classes'] != count
-    }
-    if not wrong or not count:
-        return []
-    fields = ', '.join(f'{field} is {value}' for field, value in wrong.items())
-    options = ' '.join(f'{field}={count}' for field in wrong)
-    return [
-        f'model: {dataset.where} has {count} classes, but {fields}. Set --cfg-options '
-        f'{options}, or correct the classes of the dataset.'
-    ]
+    classes, things = len(dataset.classes), len(dataset.things)
+    if not classes or model.get('language_model'):  # which matches words
+        return
+    wrong, right = [], []
+    for where, part in walk(model, 'model'):
+        for field, count in _counts(where, part, classes, things).items():
+            if part[field] != count:
+                wrong.append(f'{where}.{field} is {part[field]}')
+                right.append(f'{where}.{field}={count}')
+    if wrong:
+        yield (
+            f'model: {dataset.where} has {classes} classes, but {", ".join(wrong)}. '
+            f'Set --cfg-options {" ".join(right)}, or correct the classes of the '
+            'dataset.'
+        )
 
 
-def check_weights(cfg, stage: str) -> list:
+def _counts(where: str, part: dict, classes: int, things: int) -> dict[str, int]:
+    """What the fields of a part must be that count classes."""
+    if isinstance(part.get('num_things_classes'), int):
+        expected = dict(num_things_classes=things, num_stuff_classes=classes - things)
+    else:
+        expected = dict(num_classes=things)
+    if (
+        'rpn' in where  # which tells objects from background alone
+        or part.get('class_agnostic')
+        or part.get('contrastive_cfg')  # whose classes are words of a text
+        or OTHER_HEADS & {type_name(part), *bases(part, MODELS)}
+    ):
+        return {}
+    return {k: v for k, v in expected.items() if isinstance(part.get(k), int)}
+
+
+def check_weights(cfg: Any, stage: str) -> Iterator[str]:
     """Check that the files to start from exist, and that nothing random is frozen.
 
     Args:
         cfg (Config): A config.
         stage (str): ``train`` or ``test``; a test never reads ``init_cfg``.
 
-    Returns:
-        list[str]: Findings.
+    Yields:
+        str: Findings.
     """
-    found = []
     start = cfg.get('load_from')
     if start and not _is_there(start):
-        found.append(
+        yield (
             f'load_from: the checkpoint {osp.abspath(start)} does not exist. '
             'Correct the path.'
         )
-    if stage != 'train':
-        return found
-    for where, part in _dicts(cfg.get('model', {}), 'model'):
-        checkpoint = (_init_cfg(part) or {}).get('checkpoint')
+    if stage != 'train' or cfg.get('resume'):
+        return
+    for where, part in walk(cfg.get('model') or {}, 'model'):
+        checkpoint = _pretrained(part)
         if checkpoint and not _is_there(checkpoint):
-            found.append(_no_pretrained(where, part, checkpoint))
-        random = 'init_cfg' in part and _init_cfg(part) is None
+            yield _describe_absence(where, part, checkpoint)
+        random = 'init_cfg' in part and not checkpoint and not part.get('pretrained')
         if random and part.get('frozen_stages', -1) >= 0 and not start:
-            found.append(
+            yield (
                 f'{where}: frozen_stages={part["frozen_stages"]} freezes layers, but '
                 'there are no pretrained weights, so random ones would be frozen. Set '
                 f'--cfg-options {where}.frozen_stages=-1, or give init_cfg or '
                 'load_from.'
             )
-    return found
 
 
-def _no_pretrained(where, part, checkpoint):
+def _describe_absence(where: str, part: dict, checkpoint: str) -> str:
     option = f'--cfg-options {where}.init_cfg=None'
     if part.get('frozen_stages', -1) >= 0:
         option += f' {where}.frozen_stages=-1'
@@ -75,7 +101,7 @@ def _no_pretrained(where, part, checkpoint):
         f'{where}.init_cfg: the pretrained weights {osp.abspath(checkpoint)} do not '
         'exist. '
     )
-    if part.get('type') == 'ResT':
+    if type_name(part) == 'ResT':
         text += (
             "The ImageNet weights are linked in the README of the ResT authors' "
             'repository, https://github.com/wofmanaf/ResT; save the file for '
@@ -87,21 +113,16 @@ def _no_pretrained(where, part, checkpoint):
     )
 
 
-def _init_cfg(part):
+def _pretrained(part: dict) -> Optional[str]:
+    """The file of ``init_cfg=dict(type='Pretrained', ...)``, alone or in a list."""
     init = part.get('init_cfg')
-    return init if isinstance(init, dict) and init.get('type') == 'Pretrained' else None
+    for item in init if isinstance(init, (list, tuple)) else [init]:
+        if type_name(item) in ('Pretrained', 'PretrainedInit') and isinstance(
+            item, dict
+        ):
+            return str(item.get('checkpoint') or '')
+    return None
 
 
-def _is_there(path):
+def _is_there(path: str) -> bool:
     return '://' in path or osp.isfile(path)
-
-
-def _dicts(part, where):
-    """Every dict within a config, with its place."""
-    if isinstance(part, dict):
-        yield where, part
-        for key, value in part.items():
-            yield from _dicts(value, f'{where}.{key}')
-    elif isinstance(part, (list, tuple)):
-        for index, value in enumerate(part):
-            yield from _dicts(value, f'{where}.{index}')

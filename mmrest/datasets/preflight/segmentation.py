@@ -2,18 +2,30 @@
 
 import os.path as osp
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
+from mmengine.registry import DATASETS
 from mmengine.utils import scandir
 from PIL import Image
 
-from .coco import shown
-from .datasets import find_class, leaves
-from .images import ALL_UP_TO, SAMPLE
+from ...utils.config_types import find_type, type_name
+from ...utils.text import shorten
+from .images import DECODE_ERRORS, ImageError, file_sizes, inspect_image, spread
+from .reading import (
+    bases,
+    find_classes,
+    find_datasets,
+    find_steps,
+    is_remote,
+    join,
+    walk,
+)
 
-EXIF_ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)
+KINDS = dict(img_path='image', seg_map_path='label')
+Pair = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -22,19 +34,27 @@ class SegDataset:
 
     Attributes:
         where (str): Its place in the config, e.g. ``train_dataloader.dataset``.
-        source (BaseSegDataset): Built without its list of images and its pipeline.
         classes (tuple[str]): Class names, in the order of the labels.
-        ignored (int | None): The label that the heads leave out.
+        source (BaseSegDataset | None): Built without its list of images and its
+            pipeline; None if it cannot be built.
+        fault (str): Why it cannot be built.
+        ignored (int): The label that the heads leave out.
     """
 
     where: str
-    source: object
-    classes: tuple
-    ignored: Optional[int]
+    classes: tuple[str, ...]
+    source: Any
+    fault: str
+    ignored: int
+
+    @property
+    def things(self) -> tuple[str, ...]:
+        """As of a :class:`.coco.CocoDataset`."""
+        return self.classes
 
 
-def find_seg_datasets(cfg, split: str):
-    """List the segmentation datasets of a split, wrappers taken off.
+def find_seg_datasets(cfg: Any, split: str) -> list[SegDataset]:
+    """List the segmentation datasets of a split.
 
     Datasets on other storage than the file system, and those whose pipeline loads
     no labels, are passed over.
@@ -42,202 +62,190 @@ def find_seg_datasets(cfg, split: str):
     Args:
         cfg (Config): A config.
         split (str): ``train``, ``val`` or ``test``.
-
-    Returns:
-        tuple[list[SegDataset], list[str]]: Datasets, and findings about those that
-        mmseg refuses to build.
     """
-    name = f'{split}_dataloader'
-    dataset = (cfg.get(name) or {}).get('dataset')
-    datasets, found = [], []
-    for where, leaf in leaves(dataset, f'{name}.dataset') if dataset else ():
-        kind = find_class(leaf)
-        names = [base.__name__ for base in getattr(kind, '__mro__', ())]
-        loads = any(
-            step.get('type') == 'LoadAnnotations' for step in leaf.get('pipeline', ())
-        )
-        remote = leaf.get('backend_args') or '://' in (leaf.get('data_root') or '')
-        if 'BaseSegDataset' not in names or not loads or remote:
-            continue
+    return [
+        _describe(where, leaf, ignored_label(cfg))
+        for where, leaf in find_datasets(cfg, split)
+        if 'BaseSegDataset' in bases(leaf, DATASETS)
+        and find_steps(leaf, 'LoadAnnotations')
+        and not is_remote(leaf)
+    ]
+
+
+def _describe(where: str, leaf: dict, ignored: int) -> SegDataset:
+    prefix = leaf.get('data_prefix') or {}
+    source, fault = None, ''
+    for key, kind in KINDS.items():
+        folder = join(leaf.get('data_root'), prefix.get(key))
+        if not fault and not (prefix.get(key) and osp.isdir(folder)):
+            place = osp.abspath(folder) if prefix.get(key) else f'data_prefix.{key}'
+            fault = (
+                f'the {kind} folder {place} does not exist. Put the data there, or set '
+                f'{where}.data_root and {where}.data_prefix.{key} (relative paths '
+                'start at the current folder).'
+            )
+    classes = find_classes(leaf)
+    if not fault:
         options = {key: value for key, value in leaf.items() if key != 'type'}
         options.update(pipeline=[], lazy_init=True)
+        kind = find_type(leaf, DATASETS)
+        assert kind is not None  # its bases are known
         try:
             source = kind(**options)
+            classes = tuple(source.metainfo.get('classes') or ())
         except (AssertionError, ValueError, OSError) as error:
-            found.append(f'{where}: {kind.__name__} cannot be built: {error}.')
-            continue
-        classes = tuple(source.metainfo.get('classes') or ())
-        datasets.append(SegDataset(where, source, classes, ignored_label(cfg)))
-    return datasets, found
+            fault = f'{kind.__name__} cannot be built: {error}.'
+    return SegDataset(where, classes, source, fault, ignored)
 
 
-def ignored_label(cfg) -> Optional[int]:
+def ignored_label(cfg: Any) -> int:
     """The ``ignore_index`` of the (last) decode head."""
-    head = cfg.get('model', {}).get('decode_head') or {}
+    head = (cfg.get('model') or {}).get('decode_head') or {}
     head = head[-1] if isinstance(head, (list, tuple)) else head
     return head.get('ignore_index', 255)
 
 
-def check_seg_dataset(dataset: SegDataset, decode: Optional[int] = None):
+def check_seg_dataset(
+    dataset: SegDataset, decode: Optional[int] = None
+) -> tuple[int, list[str]]:
     """Look for what makes a dataset fail, or label pixels wrongly.
 
     Args:
         dataset (SegDataset): From :func:`find_seg_datasets`.
-        decode (int | None): How many pairs to decode, evenly spread. Defaults to
-            None: all where there are at most 500, else 100.
+        decode (int | None): How many pairs to decode, see :func:`.images.spread`.
 
     Returns:
         tuple[int, list[str]]: Number of images, and findings.
     """
-    pairs, found = _pairs(dataset)
-    if found:
-        return len(pairs), [f'{dataset.where}: {text}' for text in found]
-    whole, lost = _split(dataset, pairs)
-    found = [*_check_lost(dataset, lost), *_check_unused(dataset, pairs)]
-    if decode is None:
-        decode = len(whole) if len(whole) <= ALL_UP_TO else SAMPLE
-    count = min(decode, len(whole))
-    sample = [whole[index * len(whole) // count] for index in range(count)]
-    found += _check_sample(dataset, sample)
+    pairs: list[Pair] = []
+    found = [dataset.fault] if dataset.fault else []
+    if not found:
+        pairs, found = _list_pairs(dataset)
+    if not found:
+        there = [
+            [size is not None for size in file_sizes(list(paths))]
+            for paths in zip(*pairs)
+        ]
+        whole = [pair for pair, *both in zip(pairs, *there) if all(both)]
+        found = [
+            *_check_lost(dataset, pairs, there),
+            *_check_unused(dataset, pairs),
+            *_check_sample(dataset, spread(whole, decode)),
+        ]
     return len(pairs), [f'{dataset.where}: {text}' for text in found]
 
 
-def check_ignored(cfg, split: str) -> list:
+def check_ignored(cfg: Any, split: str) -> Iterator[str]:
     """Check that padding and metric leave out the label that the heads leave out.
 
     Args:
         cfg (Config): A config.
         split (str): ``train``, ``val`` or ``test``.
 
-    Returns:
-        list[str]: Findings.
+    Yields:
+        str: Findings.
     """
-    ignored, found = ignored_label(cfg), []
-    if split == 'train':
-        part = cfg.get('model', {}).get('data_preprocessor') or {}
-        padded = part.get('seg_pad_val', 255)
-        pads = part.get('size') or part.get('size_divisor')
-        if part.get('type') == 'SegDataPreProcessor' and pads and padded != ignored:
-            found.append(
+    ignored = ignored_label(cfg)
+    part = (cfg.get('model') or {}).get('data_preprocessor') or {}
+    padded = part.get('seg_pad_val', 255)
+    pads = part.get('size') or part.get('size_divisor')
+    if split == 'train' and type_name(part) == 'SegDataPreProcessor' and pads:
+        if padded != ignored:
+            yield (
                 f'model.data_preprocessor.seg_pad_val is {padded}, but the heads leave '
                 f'out {ignored}, so padding would count as a class. Set --cfg-options '
                 f'model.data_preprocessor.seg_pad_val={ignored}.'
             )
-        return found
-    evaluator = cfg.get(f'{split}_evaluator')
-    for metric in evaluator if isinstance(evaluator, (list, tuple)) else [evaluator]:
-        left_out = (metric or {}).get('ignore_index', 255)
-        if (metric or {}).get('type') == 'IoUMetric' and left_out != ignored:
-            found.append(
-                f'{split}_evaluator: IoUMetric leaves out the label {left_out}, but '
-                f'the heads leave out {ignored}, so predictions would be judged where '
-                f'there is no class. Set {split}_evaluator.ignore_index={ignored}.'
+    where = f'{split}_evaluator'
+    for place, metric in walk(cfg.get(where), where):
+        left_out = metric.get('ignore_index', 255)
+        if type_name(metric) == 'IoUMetric' and left_out != ignored:
+            yield (
+                f'{place}: IoUMetric leaves out the label {left_out}, but the heads '
+                f'leave out {ignored}, so predictions would be judged where there is '
+                f'no class. Set {place}.ignore_index={ignored}.'
             )
-    return found
 
 
-def _pairs(dataset):
+def _list_pairs(dataset: SegDataset) -> tuple[list[Pair], list[str]]:
     """All (image, label image), or why there are none."""
-    source, where = dataset.source, dataset.where
-    prefix = source.data_prefix
-    for key, what in (('img_path', 'image'), ('seg_map_path', 'label')):
-        folder = prefix.get(key)
-        if not folder or not osp.isdir(folder):
-            place = osp.abspath(folder) if folder else f'data_prefix.{key}'
-            return [], [
-                f'the {what} folder {place} does not exist. Put the data there, or '
-                f'set {where}.data_root and {where}.data_prefix.{key} (relative paths '
-                'start at the current folder).'
-            ]
+    source = dataset.source
     try:
         listed = source.load_data_list()
     except (AssertionError, OSError) as error:
         return [], [f'its list of images cannot be read: {error}.']
-    if not listed:
-        ends = Counter(osp.splitext(name)[1] for name in _names(prefix['img_path']))
-        return [], [
-            f'no file in {prefix["img_path"]} ends in {source.img_suffix}; found '
-            f'{shown(sorted(ends)) or "nothing"}. Set {where}.img_suffix.'
-        ]
-    return [(item['img_path'], item['seg_map_path']) for item in listed], []
+    if listed:
+        return [(item['img_path'], item['seg_map_path']) for item in listed], []
+    folder = source.data_prefix['img_path']
+    ends = Counter(osp.splitext(name)[1] for name in scandir(folder, recursive=True))
+    return [], [
+        f'no file in {folder} ends in {source.img_suffix}; found '
+        f'{shorten(sorted(ends)) or "nothing"}. Set {dataset.where}.img_suffix.'
+    ]
 
 
-def _names(folder):
-    return list(scandir(folder, recursive=True))
-
-
-def _split(dataset, pairs):
-    """Pairs of which both files are there, and the others."""
-    # One listing a folder: asking for every file is slow on network disks.
-    there = set()
-    for key in ('img_path', 'seg_map_path'):
-        folder = dataset.source.data_prefix[key]
-        there.update(osp.join(folder, name) for name in _names(folder))
-    whole, lost = [], []
-    for pair in pairs:
-        missing = [path for path in pair if path not in there and not osp.isfile(path)]
-        (lost if missing else whole).append(pair)
-    return whole, lost
-
-
-def _check_lost(dataset, lost):
+def _check_lost(
+    dataset: SegDataset, pairs: list[Pair], there: list[list[bool]]
+) -> Iterator[str]:
     for index, what in ((0, 'images'), (1, 'label images')):
-        missing = [pair[index] for pair in lost if not osp.isfile(pair[index])]
-        if missing:
-            other = lost[0][1 - index]
+        lost = [pair for pair, found in zip(pairs, there[index]) if not found]
+        if lost:
             yield (
-                f'{len(missing)} {what} are missing: {shown(missing)} (for '
-                f'{other}, ...). Add them, remove their partners, or correct '
+                f'{len(lost)} {what} are missing: '
+                f'{shorten(pair[index] for pair in lost)} (for {lost[0][1 - index]}, '
+                '...). Add them, remove their partners, or correct '
                 f'{dataset.where}.img_suffix={dataset.source.img_suffix!r} and '
                 f'.seg_map_suffix={dataset.source.seg_map_suffix!r}.'
             )
 
 
-def _check_unused(dataset, pairs):
+def _check_unused(dataset: SegDataset, pairs: list[Pair]) -> Iterator[str]:
     """Label images that no image belongs to, where the folders are the list."""
     source = dataset.source
     if source.ann_file:
         return
     folder = source.data_prefix['seg_map_path']
     used = {osp.abspath(label) for _, label in pairs}
-    unused = [
+    labels = [
         osp.join(folder, name)
-        for name in _names(folder)
-        if name.endswith(source.seg_map_suffix)
-        and osp.abspath(osp.join(folder, name)) not in used
+        for name in scandir(folder, source.seg_map_suffix, recursive=True)
     ]
+    unused = sorted(label for label in labels if osp.abspath(label) not in used)
     if unused:
         yield (
             f'{len(unused)} label images have no image that ends in '
-            f'{source.img_suffix} and would not be used: {shown(sorted(unused))}. Add '
-            'the images, or name those to use, one a line, in '
+            f'{source.img_suffix} and would not be used: {shorten(unused)}. Add the '
+            'images, or name those to use, one a line, in '
             f'{dataset.where}.ann_file.'
         )
 
 
-def _check_sample(dataset, sample):
+def _check_sample(dataset: SegDataset, sample: list[Pair]) -> Iterator[str]:
+    count = len(dataset.classes)
+    trained = {value: _as_trained(dataset, value) for value in range(256)}
+    classes = {value for value, label in trained.items() if 0 <= label < count}
+    ignored = [value for value, label in trained.items() if label == dataset.ignored]
     bad, outside, learnable = [], [], not sample
-    classes = {value for value in range(256) if _is_class(dataset, value)}
-    ignored = [v for v in range(256) if _as_trained(dataset, v) == dataset.ignored]
     for image, label in sample:
-        fault, values = _read_pair(image, label)
-        if fault:
-            bad.append(fault)
+        try:
+            values = _read_labels(image, label)
+        except ImageError as error:
+            bad.append(str(error))
             continue
         wrong = sorted(values - classes - set(ignored))
         if wrong:
-            outside.append(f'{label} holds {shown(wrong)}')
+            outside.append(f'{label} holds {shorten(wrong)}')
         learnable = learnable or bool(values & classes)
     if bad:
         yield (
             f'{len(bad)} of {len(sample)} decoded pairs are unusable: '
             f'{"; ".join(bad[:5])}. Correct them, or remove both files of each.'
         )
-    if outside and dataset.classes:
+    if outside and count:
         yield (
             f'{len(outside)} of {len(sample)} label images hold an index that is no '
-            f'class: {"; ".join(outside[:5])}. The {len(dataset.classes)} classes are '
-            f'{min(classes)} to {max(classes)}; ignored: {shown(ignored) or "none"}. '
+            f'class: {"; ".join(outside[:5])}. The {count} classes are '
+            f'{min(classes)} to {max(classes)}; ignored: {shorten(ignored) or "none"}. '
             'Correct the files, metainfo.classes or reduce_zero_label of the '
             'datasets, or ignore_index of the heads and the metric.'
         )
@@ -248,45 +256,33 @@ def _check_sample(dataset, sample):
         )
 
 
-def _read_pair(image, label):
-    """What is wrong with a pair (or None), and the values of the label image."""
-    try:
-        with Image.open(label) as opened:
-            values = np.array(opened).squeeze()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f'{label} cannot be decoded ({error})', ()
-    if values.ndim != 2:
-        return (
-            f'{label} is a colour picture ({values.shape[-1]} values a pixel), but '
-            'pixels must be class indices'
-        ), ()
-    try:
-        with Image.open(image) as opened:
-            size = opened.size
-            if opened.getexif().get(EXIF_ORIENTATION) in TURNED:
-                size = size[::-1]  # as it is loaded
-            opened.draft('RGB', (size[0] // 8, size[1] // 8))  # fast for JPEG
-            opened.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f'{image} cannot be decoded ({error})', ()
-    if size != values.shape[::-1]:
-        return (
-            f'{image} is {size[0]}x{size[1]} pixels, but {label} is '
-            f'{values.shape[1]}x{values.shape[0]}'
-        ), ()
-    return None, set(np.unique(values).tolist())
-
-
-def _as_trained(dataset, value):
-    """The label that a value of a file becomes, or None if there is none."""
+def _as_trained(dataset: SegDataset, value: int) -> int:
+    """The label that a value of a file becomes."""
     source = dataset.source
-    if not 0 <= value <= 255:
-        return None  # label images are read as 8 bits
     if source.reduce_zero_label:
         value = 255 if value in (0, 255) else value - 1
     return (source.label_map or {}).get(value, value)
 
 
-def _is_class(dataset, value):
-    label = _as_trained(dataset, value)
-    return label is not None and 0 <= label < len(dataset.classes)
+def _read_labels(image: str, label: str) -> set[int]:
+    """The values of a label image that fits its image."""
+    try:
+        with Image.open(label) as opened:
+            values = np.array(opened).squeeze()
+    except DECODE_ERRORS as error:
+        raise ImageError(f'{label} cannot be decoded ({error})') from error
+    if values.ndim != 2:
+        raise ImageError(
+            f'{label} is a colour picture ({values.shape[-1]} values a pixel), but '
+            'pixels must be class indices'
+        )
+    try:
+        size = inspect_image(image).size
+    except ImageError as error:
+        raise ImageError(f'{image} {error}') from error
+    if size != values.shape[::-1]:
+        raise ImageError(
+            f'{image} is {size[0]}x{size[1]} pixels, but {label} is '
+            f'{values.shape[1]}x{values.shape[0]}'
+        )
+    return set(np.unique(values).tolist())

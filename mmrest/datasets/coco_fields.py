@@ -1,0 +1,107 @@
+"""Fields of COCO annotations that files of other tools leave out."""
+
+import functools
+from typing import Any, Optional
+
+
+def fill_coco_fields() -> None:
+    """Have ``pycocotools`` fill in missing fields whenever it has read a file.
+
+    Without ``iscrowd`` COCO's evaluation ends in a ``KeyError`` at the first
+    validation, without ``area`` mmdet's dataset does at the start. Files themselves
+    are not changed. ``tools/train.py`` and ``tools/test.py`` call this; call it
+    before the Runner is built in a program of your own. It changes
+    ``pycocotools.coco.COCO`` for the whole process, which ``import mmrest`` alone
+    does not, and has no effect where pycocotools is not installed.
+    """
+    try:
+        from pycocotools.coco import COCO
+    except ImportError:
+        return
+    if fields_are_filled():
+        return
+    create_index = COCO.createIndex
+
+    @functools.wraps(create_index)
+    def fill_and_index(coco: Any) -> None:
+        fill_fields(coco.dataset)
+        create_index(coco)
+
+    fill_and_index.fills_fields = True  # type: ignore[attr-defined]
+    COCO.createIndex = fill_and_index
+
+
+def fields_are_filled() -> bool:
+    """Whether :func:`fill_coco_fields` was called in this process."""
+    try:
+        from pycocotools.coco import COCO
+    except ImportError:
+        return False
+    return getattr(COCO.createIndex, 'fills_fields', False)
+
+
+def fill_fields(content: dict) -> None:
+    """Fill in what is missing in the content of an annotation file.
+
+    - ``info``: empty.
+    - ``iscrowd``: 0.
+    - ``area``: that of the mask, or else of the box, in square pixels.
+    - ``id`` of annotations: numbers from 1, if they are not all positive integers.
+      The evaluation takes a match with the annotation 0 for none, and fails at text.
+
+    Args:
+        content (dict): Changed in place.
+    """
+    content.setdefault('info', {})
+    items = content.get('annotations', ())
+    for item in items:
+        item.setdefault('iscrowd', 0)
+        if 'area' not in item and ('bbox' in item or item.get('segmentation')):
+            item['area'] = _area(item)
+    if not all(isinstance(item['id'], int) and item['id'] > 0 for item in items):
+        for number, item in enumerate(items, 1):
+            item['id'] = number
+
+
+def _area(item: dict) -> float:
+    mask = item.get('segmentation')
+    area = 0.0
+    if isinstance(mask, dict):
+        counts = mask.get('counts')
+        counts = run_lengths(counts) if isinstance(counts, str) else counts
+        area = float(sum((counts or ())[1::2]))
+    elif mask:
+        area = sum(map(_polygon_area, mask))
+    if not area and 'bbox' in item:
+        area = float(item['bbox'][2] * item['bbox'][3])
+    return area
+
+
+def _polygon_area(points: list[float]) -> float:
+    """The shoelace formula."""
+    x, y = points[0::2], points[1::2]
+    following = zip(x, y, x[1:] + x[:1], y[1:] + y[:1])
+    return abs(sum(x0 * y1 - x1 * y0 for x0, y0, x1, y1 in following)) / 2
+
+
+def run_lengths(text: str) -> Optional[list[int]]:
+    """The run lengths of COCO's compressed form, or None.
+
+    Five bits a character, from the lowest, and a sixth that says whether another
+    follows; from the fourth on a length is the difference to the last but one.
+    """
+    lengths: list[int] = []
+    value = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64:
+            return None
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        lengths.append(value + lengths[-2] if len(lengths) > 2 else value)
+        value = shift = 0
+    return None if shift else lengths

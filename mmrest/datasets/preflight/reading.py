@@ -1,0 +1,124 @@
+"""How a config is read: its datasets without wrappers, its parts by their class."""
+
+import os.path as osp
+from collections.abc import Iterator
+from typing import Any, Optional
+
+from mmengine.fileio import list_from_file
+from mmengine.registry import DATASETS, TRANSFORMS, Registry
+from mmengine.utils import is_abs
+
+from ...utils.config_types import find_type, type_name
+
+
+def walk(part: Any, where: str) -> Iterator[tuple[str, dict]]:
+    """Yield every dict within a config, with its place (``model.neck.0``)."""
+    if isinstance(part, dict):
+        yield where, part
+        for key, value in part.items():
+            yield from walk(value, f'{where}.{key}')
+    elif isinstance(part, (list, tuple)):
+        for index, value in enumerate(part):
+            yield from walk(value, f'{where}.{index}')
+
+
+def bases(cfg: dict, registry: Registry) -> dict[str, type]:
+    """Name the class that a config builds, and the classes that it inherits from.
+
+    Args:
+        cfg (dict): A config whose ``type`` is a name or a class.
+        registry (Registry): Where names are looked up.
+
+    Returns:
+        dict[str, type]: The classes by their names; empty if the class is unknown.
+    """
+    kind = find_type(cfg, registry)
+    return {base.__name__: base for base in getattr(kind, '__mro__', ())}
+
+
+def find_datasets(cfg: Any, split: str) -> list[tuple[str, dict]]:
+    """List the datasets of a split; wrappers such as ``RepeatDataset`` are taken off.
+
+    Args:
+        cfg (Config): A config.
+        split (str): ``train``, ``val`` or ``test``.
+
+    Returns:
+        list[tuple[str, dict]]: The place in the config and the dataset's config.
+    """
+    name = f'{split}_dataloader'
+    dataset = (cfg.get(name) or {}).get('dataset')
+    return list(_leaves(dataset, f'{name}.dataset')) if dataset else []
+
+
+def _leaves(dataset: dict, where: str) -> Iterator[tuple[str, dict]]:
+    if 'dataset' in dataset:
+        yield from _leaves(dataset['dataset'], f'{where}.dataset')
+    elif 'datasets' in dataset:
+        for index, part in enumerate(dataset['datasets']):
+            yield from _leaves(part, f'{where}.datasets.{index}')
+    else:
+        yield where, dataset
+
+
+def find_steps(dataset: dict, name: str) -> list[dict]:
+    """List the steps of a pipeline, nested ones too, that are of a class.
+
+    Args:
+        dataset (dict): A dataset's config.
+        name (str): Name of the class; classes that inherit from it count.
+    """
+    return [
+        step
+        for _, step in walk(dataset.get('pipeline') or (), '')
+        if type_name(step) == name or name in bases(step, TRANSFORMS)
+    ]
+
+
+def is_remote(dataset: dict) -> bool:
+    """Whether a dataset's files are on another storage than the file system."""
+    paths = [dataset.get('data_root'), dataset.get('ann_file')]
+    return bool(dataset.get('backend_args')) or any('://' in str(p) for p in paths)
+
+
+def join(root: Optional[str], path: Optional[str]) -> str:
+    """Join as MMEngine's datasets do: an absolute path or an address stays."""
+    path = path or ''
+    return path if is_abs(path) else osp.join(root or '', path)
+
+
+def find_classes(dataset: dict, key: str = 'classes') -> tuple[str, ...]:
+    """Name the classes of a dataset: the config's, or else its class's.
+
+    Args:
+        dataset (dict): A dataset's config.
+        key (str): Which list of ``metainfo``. Default: ``'classes'``.
+
+    Returns:
+        tuple[str]: Empty if they are not known before the dataset is built.
+    """
+    kind = find_type(dataset, DATASETS)
+    meta = {**getattr(kind, 'METAINFO', {}), **(dataset.get('metainfo') or {})}
+    classes = meta.get(key) or ()
+    if isinstance(classes, str):  # a file with a class a line
+        classes = list_from_file(classes) if osp.isfile(classes) else ()
+    return tuple(classes)
+
+
+def check_class_text(where: str, dataset: dict) -> Iterator[str]:
+    """Refuse ``classes=('fig')``, a text whose letters would become the classes.
+
+    MMEngine takes a text for the path of a file with a class a line and, if there is
+    no such file, keeps it with a warning.
+    """
+    metainfo = dataset.get('metainfo') or {}
+    for field, value in (
+        ('metainfo.classes', metainfo.get('classes')),
+        ('classes', dataset.get('classes')),
+    ):
+        if isinstance(value, str) and '://' not in value and not osp.isfile(value):
+            yield (
+                f'{where}.{field} is the text {value!r}, which is no list of names and '
+                f'no file with a name a line. For one class add the comma: '
+                f'classes=({value!r},).'
+            )
