@@ -15,8 +15,8 @@ class CheckImageSize(BaseTransform):
     """Compare a loaded image with the size in its annotation.
 
     To be put after ``LoadImageFromFile``. MMDetection does not compare the two: an
-    image that was replaced by a smaller copy, or that the loader turned by its EXIF
-    orientation, would be trained on with boxes that lie elsewhere, and be judged so.
+    image that was replaced by a smaller copy, or whose EXIF orientation the loader
+    applied, would be trained on with boxes that lie elsewhere, and be judged so.
 
     Required Keys:
 
@@ -40,8 +40,8 @@ class CheckImageSize(BaseTransform):
         cause = ''
         if (height, width) == stated:
             cause = (
-                ' If it is turned by its EXIF orientation, and the boxes are drawn on '
-                'the image as it is stored, set '
+                ' If its EXIF orientation was applied, and the boxes are drawn on the '
+                'image as it is stored, set '
                 "color_type='color_ignore_orientation' in LoadImageFromFile."
             )
         raise ImageSizeError(

@@ -1,7 +1,7 @@
 """Folders of images and annotations in COCO format, of every kind of dirt.
 
 A picture is dark with one bright box, so that a test can see whether a box still
-lies on it after loading, turning and resizing.
+lies on it after loading, rotating and resizing.
 """
 
 import io
@@ -42,8 +42,8 @@ def rgb(**size):
     return Image.fromarray(picture(**size)).convert('RGB')
 
 
-def turned(orientation, form='JPEG'):
-    """Stored turned, with the EXIF tag that turns it back to ``picture``."""
+def rotated(orientation, form='JPEG'):
+    """Stored rotated; its EXIF orientation, applied, gives ``picture`` back."""
     back = {
         3: Image.Transpose.ROTATE_180,
         6: Image.Transpose.ROTATE_90,
@@ -78,11 +78,11 @@ USED = {
     ),
     'cmyk': ('cmyk.jpg', lambda: encode(rgb().convert('CMYK'))),
     '16-bit': ('sixteen.png', sixteen_bits),
-    'exif-180': ('exif3.jpg', lambda: turned(3)),
-    'exif-90': ('exif6.jpg', lambda: turned(6)),
-    'exif-270': ('exif8.jpg', lambda: turned(8)),
-    'exif-png': ('exif6.png', lambda: turned(6, 'PNG')),
-    'exif-tiff': ('exif6.tif', lambda: turned(6, 'TIFF')),
+    'exif-180': ('exif3.jpg', lambda: rotated(3)),
+    'exif-90': ('exif6.jpg', lambda: rotated(6)),
+    'exif-270': ('exif8.jpg', lambda: rotated(8)),
+    'exif-png': ('exif6.png', lambda: rotated(6, 'PNG')),
+    'exif-tiff': ('exif6.tif', lambda: rotated(6, 'TIFF')),
     'space': ('a folder/with a space.jpg', lambda: encode(rgb())),
     'unicode': ('bäume/木 🌳.jpg', lambda: encode(rgb())),
     'metacharacters': ("100% [x]/it's #1 & $HOME;*.jpg", lambda: encode(rgb())),
@@ -105,7 +105,7 @@ REFUSED = {
     'page': ('page.jpg', lambda: b'<html>Not found</html>'),
     'missing': ('missing.jpg', lambda: None),
     'small-copy': ('small.jpg', lambda: encode(rgb().resize((48, 32)))),
-    # drawn on the stored image, but the loader turns it
+    # drawn on the stored image, but the loader applies the EXIF orientation
     'exif-as-stored': ('stored.jpg', lambda: exif_on_upright()),
 }
 

@@ -18,11 +18,11 @@ NOTES = {
     'black-white': 'of black and white',
     'cmyk': 'CMYK',
     '16-bit': 'of more than 8 bits, of which the upper 8 are kept',
-    'exif-180': 'turned as their EXIF data say',
-    'exif-90': 'turned as their EXIF data say',
-    'exif-270': 'turned as their EXIF data say',
-    'exif-png': 'turned as their EXIF data say',
-    'exif-tiff': 'turned as their EXIF data say',
+    'exif-180': 'have an EXIF orientation, which is applied',
+    'exif-90': 'have an EXIF orientation, which is applied',
+    'exif-270': 'have an EXIF orientation, which is applied',
+    'exif-png': 'have an EXIF orientation, which is applied',
+    'exif-tiff': 'have an EXIF orientation, which is applied',
 }
 
 
@@ -116,16 +116,16 @@ def test_exif_may_be_ignored(sandbox, build, flag):
     cfg = sandbox.config()
     cfg.train_dataloader.dataset.pipeline[0].color_type = flag
     report = ' '.join(text for _, text in check_config(cfg))
-    assert '1 of 2 decoded images are not turned as their EXIF data say' in report
+    assert '1 of 2 decoded images have an EXIF orientation, which is not app' in report
     for data in build(cfg, 'train'):
         assert_box_is_bright(data)
 
 
 def test_the_advice_about_exif(sandbox, build):
     name, content = REFUSED['exif-as-stored']
-    # written upright, so the loader turns it: 64 wide and 96 high
+    # written upright, so that it is loaded 64 wide and 96 high
     sandbox.train.add_object(sandbox.train.add_image(name, content()))
-    with pytest.raises(PreflightError, match='64x96 pixels when it is turned .*96x64'):
+    with pytest.raises(PreflightError, match='64x96 pixels when its EXIF orient.*96x64'):
         check_config(sandbox.config())
     dataset = build(sandbox.config(), 'train')
     with pytest.raises(ImageSizeError, match='color_ignore_orientation'):

@@ -55,7 +55,7 @@ TRAIN = (
     '1 images have no annotation of the classes and are left out',
     '1 images have crowd regions alone and are trained on as background',
     '1 images have annotations that are all skipped or ignored, and are trained on as',
-    '5 of 24 decoded images are turned as their EXIF data say',
+    '5 of 24 decoded images have an EXIF orientation, which is applied',
     '1 of 24 decoded images are grey;',
     '1 of 24 decoded images are CMYK',
     '1 of 24 decoded images are of more than 8 bits',

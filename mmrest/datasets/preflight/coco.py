@@ -15,7 +15,7 @@ from ...utils.config_types import find_type
 from ...utils.text import shorten
 from ..coco_fields import fields_are_filled
 from .images import applies_exif_orientation
-from .masks import summarise
+from .masks import read_mask, shorten_polygons
 from .reading import bases, find_classes, find_datasets, find_steps, is_remote, join
 
 FORMAT = (
@@ -78,7 +78,7 @@ class Content:
         area (ndarray): (N,) in square pixels; the box's where the file has none.
         crowd (ndarray): (N,) bool, ``iscrowd``.
         ignore (ndarray): (N,) bool.
-        masks (list): N masks, see :func:`.masks.summarise`.
+        masks (list): N masks, see :func:`.masks.read_mask`.
         missing (dict[str, int]): How many annotations lack a field.
     """
 
@@ -182,8 +182,7 @@ def check_annotations(
     """
     path = dataset.ann_file
     try:
-        with open(path, encoding='utf-8') as file:
-            content = parse(_decode(file), dataset)
+        content = parse(_read(path), dataset)
     except FormatError as error:
         return None, [
             f'{dataset.where}: the annotation file {path} is not in COCO format: '
@@ -202,18 +201,14 @@ def check_annotations(
     return content, [f'{dataset.where}: {path} {text}' for text in found]
 
 
-def _decode(file: Any) -> Any:
-    """Read JSON; polygons are summarised at once, which saves most of the memory."""
-
-    def summarise_mask(item: dict) -> dict:
-        if 'segmentation' in item:
-            item['segmentation'] = summarise(item['segmentation'])
-        return item
-
+def _read(path: str) -> Any:
+    """Read JSON in UTF-8, with polygons cut down to their lengths."""
+    with open(path, 'rb') as file:
+        text = shorten_polygons(file.read()).decode()
     collects = gc.isenabled()
     gc.disable()  # it would look through millions of objects again and again
     try:
-        return json.load(file, object_hook=summarise_mask)
+        return json.loads(text)
     finally:
         if collects:
             gc.enable()
@@ -223,7 +218,7 @@ def parse(content: Any, dataset: CocoDataset) -> Content:
     """Turn the content of an annotation file into columns.
 
     Args:
-        content (dict): As JSON holds it, with masks summarised.
+        content (dict): As :func:`_read` gives it.
         dataset (CocoDataset): Whose it is.
 
     Raises:
@@ -276,7 +271,7 @@ def parse(content: Any, dataset: CocoDataset) -> Content:
         area=np.where(lacks_area, box[:, 2] * box[:, 3], area),
         crowd=np.array(crowds, bool),
         ignore=np.array([bool(item.get('ignore')) for item in items], bool),
-        masks=[item.get('segmentation') for item in items],
+        masks=[read_mask(item) for item in items],
         missing=dict(
             area=int(lacks_area.sum()),
             iscrowd=sum('iscrowd' not in item for item in items),

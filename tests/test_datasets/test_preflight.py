@@ -1,0 +1,329 @@
+"""Each finding before a run names the thing, what was found and what to do."""
+
+import importlib
+import shutil
+import sys
+
+import pytest
+import torch
+from mmengine.config import Config
+
+from mmrest.datasets.preflight import PreflightError, check_config, check_data
+
+POLYGON = [[1, 1, 9, 1, 9, 9]]
+
+
+def drop(part, field):
+    """Remove a field from all items of a list of the annotation file."""
+
+    def change(content):
+        for item in content[part]:
+            del item[field]
+
+    return change
+
+
+def set_first(part, **fields):
+    return lambda content: content[part][0].update(fields)
+
+
+@pytest.mark.parametrize('stage', ['train', 'test'])
+def test_sound_data_pass(cfg, stage):
+    ((_, text),) = check_config(cfg, stage)
+    assert text.startswith('Preflight passed.') and '2 classes' in text
+
+
+def test_a_refusal_names_the_way_past_it_once(cfg, dataset, finding):
+    shutil.rmtree(dataset)
+    text = finding(cfg)
+    assert text.startswith('2 problems found before the run:')
+    assert text.count('--no-preflight') == 1
+    assert text.endswith('To start without this check, add --no-preflight.')
+    assert text.count(f'nor does its data_root {dataset}') == 2
+    assert f'{dataset / "train.json"} does not exist' in text
+    assert 'train_dataloader.dataset.data_root' in text
+    with pytest.raises(PreflightError, match='does not exist') as error:
+        check_data(cfg)  # of no run
+    assert '--no-preflight' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    'content', ['', '<html>404</html>', '{"images": [', '\x00\x01', '\ufeff{}'], ids=repr
+)
+def test_unreadable_json(cfg, dataset, finding, content):
+    (dataset / 'val.json').write_text(content)
+    assert 'val.json is not valid JSON' in finding(cfg)
+
+
+@pytest.mark.parametrize(
+    ('change', 'expected'),
+    [
+        (lambda c: c.pop('categories'), 'it has no list "categories"'),
+        (lambda c: c.update(images={}), 'it has no list "images"'),
+        (lambda c: c['images'].insert(1, 'x'), 'images[1] is not an object'),
+        (drop('images', 'file_name'), 'images[0] has no file_name'),
+        (drop('annotations', 'bbox'), 'annotations[0] has no bbox'),
+        (drop('categories', 'name'), 'categories[0] has no name'),
+        (set_first('annotations', bbox=[1, 2]), 'bbox of annotation 1 is [1, 2]'),
+        (set_first('annotations', iscrowd='0'), "iscrowd of annotation 1 is '0'"),
+        (set_first('annotations', image_id=[1]), 'annotations[0] is [1], neither'),
+        (set_first('categories', name=['x']), "categories[0] is ['x'], neither"),
+    ],
+)
+def test_not_coco_format(cfg, finding, edit, change, expected):
+    edit(change)
+    text = finding(cfg)
+    assert 'train.json is not in COCO format' in text and expected in text
+
+
+def test_another_object(cfg, dataset, finding):
+    (dataset / 'train.json').write_text('[]')
+    assert 'it holds a list' in finding(cfg)
+
+
+@pytest.mark.parametrize(
+    ('change', 'expected'),
+    [
+        (
+            set_first('annotations', image_id=77),
+            '1 annotations of images that it does not list: annotation 1',
+        ),
+        (set_first('annotations', category_id=77), 'category_id 77 in annotation 1'),
+        (
+            lambda c: c['annotations'][1].update(id=1),
+            'an id of annotations more than once: 1',
+        ),
+        (
+            lambda c: c['images'][1].update(id=1000),
+            'an id of images more than once: 1000',
+        ),
+        (lambda c: c['annotations'].clear(), 'none of which can be trained on'),
+        (lambda c: (c['images'].clear(), c['annotations'].clear()), 'lists no images'),
+        (
+            lambda c: c['annotations'][4].pop('segmentation'),
+            '1 annotations without segmentation',
+        ),
+        (set_first('categories', name='other'), 'names categories twice: other'),
+    ],
+)
+def test_inconsistent_annotations(cfg, finding, edit, change, expected):
+    edit(change)
+    assert expected in finding(cfg)
+
+
+def test_run_length_masks_where_polygons_are_wanted(cfg, finding, edit):
+    edit(set_first('annotations', segmentation=dict(size=[64, 96], counts=[0, 6144])))
+    check_config(cfg)
+    loader = cfg.train_dataloader.dataset.pipeline
+    next(step for step in loader if step.type == 'LoadAnnotations').poly2mask = False
+    assert 'Set poly2mask=True' in finding(cfg)
+
+
+@pytest.mark.parametrize(
+    ('names', 'expected'),
+    [
+        (('box', 'disc'), '1 are not in the file: disc. Set train_dataloader'),
+        (('box',), '6 annotations of categories that are not among the 1 classes'),
+        (('other', 'box'), "metainfo.classes=('box', 'other')"),
+        (('box', 'other', 'star'), 'num_classes=2'),
+    ],
+)
+def test_categories_that_differ_from_the_classes(cfg, finding, names, expected):
+    cfg.train_dataloader.dataset.metainfo.classes = names
+    assert expected in finding(cfg)
+
+
+def test_the_default_classes_of_another_dataset(cfg, finding):
+    """Data paths were changed, and nothing else."""
+    del cfg.train_dataloader.dataset['metainfo']
+    text = finding(cfg)
+    assert 'has the categories box, other (2)' in text
+    assert 'has 80 classes, of which 80 are not in the file: person' in text
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+@pytest.mark.parametrize('wrapped', [False, True])
+def test_a_class_without_its_comma(cfg, finding, split, wrapped):
+    part = cfg[f'{split}_dataloader']
+    part.dataset.metainfo = dict(classes='box')
+    if wrapped:
+        part.dataset = dict(type='RepeatDataset', times=2, dataset=part.dataset)
+    text = finding(cfg)
+    where = f'{split}_dataloader.dataset{".dataset" * wrapped}'
+    assert f"{where}.metainfo.classes is the text 'box'" in text
+    assert "add the comma: classes=('box',)" in text
+
+
+def test_a_class_without_its_comma_of_other_formats(finding):
+    dataset = dict(type='CustomDataset', classes='fig')
+    loader = dict(train_dataloader=dict(dataset=dataset), default_scope='mmpretrain')
+    assert "classes=('fig',)" in finding(Config(loader))
+
+
+def test_classes_may_be_in_a_file(cfg, tmp_path):
+    (tmp_path / 'classes.txt').write_text('box\nother\n')
+    for split in ('train', 'val'):
+        dataset = cfg[f'{split}_dataloader'].dataset
+        dataset.metainfo = dict(classes=str(tmp_path / 'classes.txt'))
+    check_config(cfg)
+
+
+def test_heads_of_another_class_count(cfg, finding):
+    cfg.model.roi_head.bbox_head.num_classes = 80
+    text = finding(cfg)
+    assert 'model.roi_head.bbox_head.num_classes is 80' in text
+    assert '--cfg-options model.roi_head.bbox_head.num_classes=2' in text
+    assert 'mask_head' not in text
+
+
+def test_missing_images_are_named_and_counted(cfg, dataset, finding):
+    for path in (dataset / 'images').glob('train_[0-2].jpg'):
+        path.unlink()
+    text = finding(cfg)
+    assert '3 of 6 images listed' in text and 'train_0.jpg, train_1.jpg' in text
+
+
+def test_missing_image_folder(cfg, finding, edit):
+    cfg.val_dataloader.dataset.data_prefix.img = 'pictures'
+    edit(lambda content: content['images'].clear(), 'val.json')
+    text = finding(cfg)
+    assert 'pictures does not exist' in text
+    assert 'val_dataloader.dataset.data_prefix.img' in text
+    assert 'lists no images' in text  # the file is looked at all the same
+
+
+def test_decoding_may_be_left_out(cfg, dataset, finding):
+    (dataset / 'images' / 'train_2.jpg').write_bytes(b'<html>' * 9)
+    assert 'train_2.jpg (54 bytes) is not an image' in finding(cfg)
+    cfg.preflight = dict(decode=0)
+    check_config(cfg)
+
+
+def test_wrapped_datasets_are_looked_into(cfg, dataset, finding):
+    part = cfg.train_dataloader.dataset
+    other = Config(dict(part)).to_dict() | dict(ann_file='more.json')
+    cfg.train_dataloader.dataset = dict(
+        type='RepeatDataset',
+        times=3,
+        dataset=dict(type='ConcatDataset', datasets=[part, other]),
+    )
+    text = finding(cfg)
+    assert 'train_dataloader.dataset.dataset.datasets.1: ' in text
+    assert f'{dataset / "more.json"} does not exist' in text
+
+
+@pytest.mark.parametrize('as_list', [False, True])
+def test_evaluator_that_judges_by_another_file(cfg, dataset, finding, as_list):
+    evaluator = cfg.val_evaluator
+    if as_list:
+        cfg.val_evaluator = [dict(type='DumpResults', out_file_path='x.pkl'), evaluator]
+    where = f'val_evaluator{".1" * as_list}.ann_file'
+    evaluator.ann_file = str(dataset / 'train.json')
+    text = finding(cfg)
+    assert f'{where}: it judges by' in text and 'val_0.jpg' in text
+    evaluator.ann_file = str(dataset / 'none.json')
+    assert f'{where}: {dataset / "none.json"} does not exist' in finding(cfg)
+    shutil.copy(dataset / 'val.json', dataset / 'copy.json')
+    evaluator.ann_file = str(dataset / 'copy.json')
+    check_config(cfg)
+
+
+def test_masks_that_only_the_metric_needs(cfg, finding, edit):
+    for step in cfg.val_dataloader.dataset.pipeline:
+        if step.type == 'LoadAnnotations':
+            step.with_mask = False
+    edit(drop('annotations', 'segmentation'), 'val.json')
+    assert '6 annotations without segmentation' in finding(cfg)
+    cfg.val_evaluator.metric = ['bbox']
+    check_config(cfg)
+
+
+def test_pure_python_configs(cfg, finding, edit):
+    """Types are classes and there is no scope."""
+    from mmdet.datasets import CocoDataset
+    from mmdet.datasets.transforms import LoadAnnotations
+    from mmdet.evaluation import CocoMetric
+
+    cfg.default_scope = None
+    for split in ('train', 'val'):
+        dataset = cfg[f'{split}_dataloader'].dataset
+        dataset.type = CocoDataset
+        for step in dataset.pipeline:
+            if step.type == 'LoadAnnotations':
+                step.update(type=LoadAnnotations, poly2mask=split == 'val')
+    cfg.val_evaluator.type = CocoMetric
+    check_config(cfg)
+    edit(set_first('annotations', segmentation=dict(size=[64, 96], counts=[0, 6144])))
+    cfg.model.roi_head.mask_head.num_classes = 80
+    text = finding(cfg)
+    assert 'Set poly2mask=True' in text and 'mask_head.num_classes is 80' in text
+
+
+def test_missing_pretrained_weights(cfg, finding, tmp_path):
+    missing = str(tmp_path / 'rest_lite.pth')
+    cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=missing)
+    text = finding(cfg)
+    assert missing in text and 'https://' in text
+    assert '--cfg-options model.backbone.init_cfg=None' in text
+    check_config(cfg, 'test')  # whose weights come from the checkpoint
+
+
+def test_missing_checkpoint_to_load(cfg, finding, tmp_path):
+    cfg.load_from = str(tmp_path / 'epoch_3.pth')
+    assert f'load_from: the checkpoint {cfg.load_from} does not exist' in finding(cfg)
+
+
+def test_freezing_random_weights(cfg, finding, tmp_path):
+    cfg.model.backbone.frozen_stages = 1
+    assert 'model.backbone.frozen_stages=-1' in finding(cfg)
+    torch.save({}, tmp_path / 'start.pth')
+    cfg.load_from = str(tmp_path / 'start.pth')
+    check_config(cfg)
+
+
+def test_weights_named_one_level_too_high(cfg, finding, tmp_path):
+    path = str(tmp_path / 'imagenet.pth')
+    cfg.model.init_cfg = dict(type='Pretrained', checkpoint=path)
+    torch.save(dict(model={'stem.conv1.weight': torch.zeros(1)}), path)
+    text = finding(cfg)
+    assert f'model.init_cfg: {path} holds stem.conv1.weight' in text
+    assert 'model.backbone.init_cfg' in text
+    torch.save({'state_dict': {'backbone.stem.conv1.weight': torch.zeros(1)}}, path)
+    check_config(cfg)
+
+
+def test_test_sets_need_no_annotations(cfg, edit):
+    edit(lambda content: content.pop('annotations'), 'val.json')
+    (_, note), _ = check_config(cfg, 'test')
+    assert 'no annotations to judge by' in note
+    cfg.test_evaluator.format_only = True
+    assert len(check_config(cfg, 'test')) == 1
+
+
+def test_a_resumed_run_reads_no_data_again(cfg, dataset, finding):
+    (dataset / 'train.json').write_text('damaged since')
+    cfg.resume = True
+    ((_, text),) = check_config(cfg)
+    assert 'a resumed run reads no data' in text
+    cfg.model.roi_head.bbox_head.num_classes = 80  # what costs nothing is looked at
+    assert 'num_classes is 80' in finding(cfg)
+
+
+@pytest.mark.parametrize(
+    ('scope', 'dataset'),
+    [
+        ('mmseg', dict(type='ADE20KDataset', data_prefix=dict(img_path='none'))),
+        ('mmpretrain', dict(type='ImageNet', data_root='none', data_prefix='train')),
+        ('mmdet', dict(type='CocoDataset', ann_file='s3://bucket/train.json')),
+    ],
+)
+def test_other_formats_and_storage_are_passed_over(scope, dataset):
+    loader = dict(dataset=dataset)
+    check_config(Config(dict(default_scope=scope, train_dataloader=loader)))
+
+
+def test_the_old_module_is_an_alias():
+    sys.modules.pop('mmrest.preflight', None)
+    with pytest.warns(DeprecationWarning, match='mmrest.datasets.preflight'):
+        old = importlib.import_module('mmrest.preflight')
+    assert old.check_config is check_config
