@@ -48,7 +48,9 @@ def test_a_refusal_names_the_way_past_it_once(cfg, dataset, finding):
 
 
 @pytest.mark.parametrize(
-    'content', ['', '<html>404</html>', '{"images": [', '\x00\x01', '\ufeff{}'], ids=repr
+    'content',
+    ['', '<html>404</html>', '{"images": [', '\x00\x01', '\ufeff{}'],
+    ids=repr,
 )
 def test_unreadable_json(cfg, dataset, finding, content):
     (dataset / 'val.json').write_text(content)
@@ -113,10 +115,10 @@ def test_inconsistent_annotations(cfg, finding, edit, change, expected):
 
 def test_run_length_masks_where_polygons_are_wanted(cfg, finding, edit):
     edit(set_first('annotations', segmentation=dict(size=[64, 96], counts=[0, 6144])))
-    check_config(cfg)
-    loader = cfg.train_dataloader.dataset.pipeline
-    next(step for step in loader if step.type == 'LoadAnnotations').poly2mask = False
     assert 'Set poly2mask=True' in finding(cfg)
+    steps = cfg.train_dataloader.dataset.pipeline
+    next(step for step in steps if step.type == 'LoadAnnotations').poly2mask = True
+    check_config(cfg)
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,9 @@ def test_a_schedule_that_never_acts(cfg, finding, explicit):
         schedule['by_epoch'] = True
     cfg.param_scheduler = [dict(type='LinearLR', by_epoch=False, end=9), schedule]
     text = finding(cfg)
-    assert 'train_cfg is IterBasedTrainLoop, but param_scheduler.1 (MultiStepLR)' in text
+    assert (
+        'train_cfg is IterBasedTrainLoop, but param_scheduler.1 (MultiStepLR)' in text
+    )
     assert '1 problem' in text
     schedule.update(by_epoch=True, convert_to_iter_based=True)
     cfg.param_scheduler = schedule
@@ -84,7 +86,6 @@ def test_a_schedule_that_waits_for_validations(cfg):
     ('hook', 'field'),
     [
         (dict(type='CheckpointHook', interval=1), 'by_epoch=True'),
-        (dict(type='mmrest.AtomicCheckpointHook', interval=2), 'by_epoch=True'),
         (dict(type='CheckpointHook', by_epoch=True, interval=1), 'by_epoch=True'),
         (dict(type='mmdet.YOLOXModeSwitchHook', num_last_epochs=15), 'epochs is 15'),
     ],
@@ -96,12 +97,18 @@ def test_a_hook_that_acts_at_the_end_alone(cfg, finding, hook, field):
     assert 'custom_hooks.0' in text and field in text
 
 
+def test_the_shipped_checkpoints_need_their_unit(cfg, finding):
+    del cfg.default_hooks.checkpoint['by_epoch']
+    assert '--cfg-options default_hooks.checkpoint.by_epoch=False' in finding(cfg)
+
+
 def test_what_counts_iterations_in_an_epoch_loop_acts_and_is_said(cfg):
     cfg.train_cfg = ConfigDict(EPOCHS)
     cfg.train_dataloader.sampler = dict(type='DefaultSampler', shuffle=True)
     notes = [text for level, text in check_config(cfg) if level >= 30]
     assert any(
-        'default_hooks.checkpoint' in note and 'by_epoch=False' in note for note in notes
+        'default_hooks.checkpoint' in note and 'by_epoch=False' in note
+        for note in notes
     )
 
 
@@ -114,7 +121,7 @@ def test_limits_in_the_other_unit(cfg, finding):
 def test_options_of_workers_without_workers(cfg, finding, option):
     cfg.train_dataloader[option] = 2
     text = finding(cfg)
-    assert f'train_dataloader: {option} needs worker processes' in text
+    assert f'train_dataloader: {option}=2 needs worker processes' in text
     assert f'train_dataloader.{option}=' in text
     cfg.train_dataloader.num_workers = 1
     check_config(cfg)

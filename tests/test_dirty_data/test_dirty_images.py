@@ -125,7 +125,9 @@ def test_the_advice_about_exif(sandbox, build):
     name, content = REFUSED['exif-as-stored']
     # written upright, so that it is loaded 64 wide and 96 high
     sandbox.train.add_object(sandbox.train.add_image(name, content()))
-    with pytest.raises(PreflightError, match='64x96 pixels when its EXIF orient.*96x64'):
+    with pytest.raises(
+        PreflightError, match='64x96 pixels when its EXIF orient.*96x64'
+    ):
         check_config(sandbox.config())
     dataset = build(sandbox.config(), 'train')
     with pytest.raises(ImageSizeError, match='color_ignore_orientation'):

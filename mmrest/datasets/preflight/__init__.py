@@ -26,6 +26,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.registry import init_default_scope
 
+from ...utils.config_types import find_toolbox
 from .coco import CocoDataset, Content, check_annotations, find_coco_datasets
 from .evaluators import check_evaluators, find_evaluators, with_evaluation
 from .images import check_images
@@ -112,8 +113,7 @@ def log_report(report: Report) -> None:
 
 
 def _enter_scope(cfg: Config) -> None:
-    # None in pure Python configs
-    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    init_default_scope(find_toolbox(cfg) or 'mmengine')
 
 
 def _examine(

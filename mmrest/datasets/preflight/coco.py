@@ -101,6 +101,12 @@ class Content:
         # the last is what an index of -1 finds
         return np.array([*known, False])[self.category]
 
+    def lacks(self, dataset: CocoDataset) -> dict[str, int]:
+        """How many annotations lack which field that is needed."""
+        needed = [] if dataset.panoptic else ['area']  # by mmdet's loader
+        needed += ['iscrowd'] if dataset.judged else []
+        return {name: n for name, n in self.missing.items() if n and name in needed}
+
 
 class FormatError(ValueError):
     """A file that is not in COCO format."""
@@ -364,13 +370,11 @@ def _check_ids(dataset: CocoDataset, content: Content) -> Iterator[str]:
             f'{shorten(content.ids[row] for row in rows)}. Remove them or add the '
             'categories.'
         )
-    if not dataset.judged or fields_are_filled():
-        return
-    for field, count in content.missing.items():
-        if count:
+    for field, count in content.lacks(dataset).items():
+        if not fields_are_filled():
             yield (
-                f'has {count} annotations without {field}, which the evaluation needs. '
-                'Add it, or call mmrest.datasets.fill_coco_fields() before the run, as '
+                f'has {count} annotations without {field}, which is needed. Add it, or '
+                'call mmrest.datasets.fill_coco_fields() before the run, as '
                 'tools/train.py does.'
             )
 

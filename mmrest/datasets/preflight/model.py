@@ -6,7 +6,10 @@ from typing import Any, Optional, Union
 
 from mmengine.registry import MODELS
 
+from ...checkpoint import CheckpointError, read_checkpoint
+from ...checkpoint.state_dict import find_state_dict
 from ...utils.config_types import type_name
+from ...utils.text import shorten
 from .coco import CocoDataset
 from .reading import bases, walk
 from .segmentation import SegDataset
@@ -83,6 +86,8 @@ def check_weights(cfg: Any, stage: str) -> Iterator[str]:
         checkpoint = _pretrained(part)
         if checkpoint and not _is_there(checkpoint):
             yield _describe_absence(where, part, checkpoint)
+        elif checkpoint and where == 'model':
+            yield from _check_level(part, checkpoint)
         random = 'init_cfg' in part and not checkpoint and not part.get('pretrained')
         if random and part.get('frozen_stages', -1) >= 0 and not start:
             yield (
@@ -111,6 +116,26 @@ def _describe_absence(where: str, part: dict, checkpoint: str) -> str:
         f'Or name another file: --cfg-options {where}.init_cfg.checkpoint=PATH. To '
         f'train from scratch (far lower accuracy on the same schedule): {option}.'
     )
+
+
+def _check_level(model: dict, path: str) -> Iterator[str]:
+    """Find weights of the backbone that are named as those of the whole model."""
+    parts = [key for key, part in model.items() if isinstance(part, dict) and part]
+    if '://' in path or 'ImageClassifier' in bases(model, MODELS):
+        return  # an ImageClassifier takes the published form
+    try:
+        names = list(find_state_dict(read_checkpoint(path), path).tensors)
+    except CheckpointError:
+        return  # the loader says what is wrong with the file
+    starts = {name.removeprefix('module.').partition('.')[0] for name in names}
+    if not starts & set(parts):
+        yield (
+            f'model.init_cfg: {path} holds {shorten(names, 3)}, none of which belongs '
+            f'to a part of the model ({", ".join(parts)}), so nothing would be loaded. '
+            "If they are the backbone's, name the file there: --cfg-options "
+            "model.init_cfg=None \"model.backbone.init_cfg={'type': 'Pretrained', "
+            f"'checkpoint': '{path}'}}\"."
+        )
 
 
 def _pretrained(part: dict) -> Optional[str]:

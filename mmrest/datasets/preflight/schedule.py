@@ -3,7 +3,7 @@
 import inspect
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Optional
 
 from mmengine.registry import DATA_SAMPLERS, HOOKS, LOOPS, PARAM_SCHEDULERS
 
@@ -28,16 +28,14 @@ def check_loaders(cfg: Any, splits: tuple[str, ...]) -> Iterator[str]:
     for split in splits:
         where = f'{split}_dataloader'
         loader = cfg.get(where) or {}
-        options = [name for name in OF_WORKERS if loader.get(name)]
-        if options and not loader.get('num_workers', 0):
-            reset = ' '.join(
-                f'{where}.{name}={False if name == OF_WORKERS[0] else None}'
-                for name in options
-            )
-            yield (
-                f'{where}: {" and ".join(options)} need worker processes, but '
-                f'num_workers is 0; set --cfg-options {reset}, or num_workers.'
-            )
+        for name in OF_WORKERS:
+            if loader.get(name) and not loader.get('num_workers'):
+                off = False if name == 'persistent_workers' else None
+                yield (
+                    f'{where}: {name}={loader[name]!r} needs worker processes, but '
+                    f'num_workers is 0: set --cfg-options {where}.{name}={off}, or '
+                    'num_workers.'
+                )
         if split != 'train' and _is_endless(loader):
             yield (
                 f'{where}.sampler is {type_name(loader["sampler"])}, which never ends, '
@@ -58,41 +56,49 @@ def check_units(cfg: Any) -> tuple[list[str], list[str]]:
     """
     loop = cfg.get('train_cfg') or {}
     kinds = bases(loop, LOOPS)
-    if 'type' not in loop and 'by_epoch' in loop:
-        by_epoch, name = loop['by_epoch'], f'by_epoch={loop["by_epoch"]}'
-    elif kinds.keys() & {'EpochBasedTrainLoop', 'IterBasedTrainLoop'}:
-        by_epoch, name = 'EpochBasedTrainLoop' in kinds, type_name(loop)
+    if 'EpochBasedTrainLoop' in kinds or loop.get('by_epoch') is True:
+        check, other = _check_by_epoch, 'max_iters'
+    elif 'IterBasedTrainLoop' in kinds or loop.get('by_epoch') is False:
+        check, other = _check_by_iteration, 'max_epochs'
     else:
         return [], []
-    found = list(_check_by_epoch(cfg) if by_epoch else _check_by_iteration(cfg))
-    other = 'max_iters' if by_epoch else 'max_epochs'
+    name = type_name(loop) or f'by_epoch={loop["by_epoch"]}'
+    found, notes = check(cfg)
     if loop.get(other):
         found.append(
-            f'{other} counts in {"iterations" if by_epoch else "epochs"}. Remove it '
-            f'(train_cfg=dict(_delete_=True, ...) in a config that inherits it), or '
-            'change the loop'
+            f'{other} is given too. Remove it; train_cfg=dict(_delete_=True, ...) does '
+            'so with all that is inherited'
         )
-    notes = []
-    units = f'epochs (train_cfg: {name})' if by_epoch else f'iterations ({name})'
-    return [f'train_cfg is {name}, but {text}.' for text in found], [
-        f'{text}, while the loop counts in {units}.' for text in notes
-    ]
+    return (
+        [f'train_cfg is {name}, but {text}.' for text in found],
+        [f'train_cfg is {name}, while {text}.' for text in notes],
+    )
 
 
-def _check_by_epoch(cfg: Any) -> Iterator[str]:
+def _check_by_epoch(cfg: Any) -> tuple[list[str], list[str]]:
     loader = cfg.get('train_dataloader') or {}
+    found = []
     if _is_endless(loader):
-        yield (
+        found.append(
             f'train_dataloader.sampler is {type_name(loader["sampler"])}, whose first '
-            'epoch never ends: no validation, no checkpoint of an epoch. Set '
-            "train_dataloader.sampler=dict(type='DefaultSampler', shuffle=True), or "
-            "train by iterations: train_cfg=dict(type='IterBasedTrainLoop', "
-            'max_iters=...)'
+            'epoch never ends, so that there would be no validation and no checkpoint. '
+            "Set train_dataloader.sampler=dict(type='DefaultSampler', shuffle=True), "
+            "or train by iterations: train_cfg=dict(type='IterBasedTrainLoop', ...)"
         )
+    schedules = [part for _, part in walk(cfg.get('param_scheduler'), '') if part]
+    notes = [
+        f'{where} ({type_name(part)}) has by_epoch=False and counts iterations'
+        for where, part in _find_hooks(cfg)
+        if part.get('by_epoch') is False
+    ]
+    if schedules and not any(part.get('by_epoch', True) for part in schedules):
+        notes.append('all of param_scheduler has by_epoch=False and counts iterations')
+    return found, notes
 
 
-def _check_by_iteration(cfg: Any) -> Iterator[str]:
-    """What counts epochs never acts in a loop that has one, which ends the run."""
+def _check_by_iteration(cfg: Any) -> tuple[list[str], list[str]]:
+    """What counts epochs never acts in a loop of one epoch, the whole run."""
+    found = []
     for where, part in walk(cfg.get('param_scheduler'), 'param_scheduler'):
         if (
             'type' in part
@@ -101,43 +107,48 @@ def _check_by_iteration(cfg: Any) -> Iterator[str]:
             # acts at each validation
             and 'ReduceOnPlateauParamScheduler' not in bases(part, PARAM_SCHEDULERS)
         ):
-            yield (
+            found.append(
                 f'{where} ({type_name(part)}) has by_epoch=True, so it would never '
                 'change anything. Give it by_epoch=False and iterations, or train by '
                 "epochs: train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=...)"
             )
-    for group in ('default_hooks', 'custom_hooks'):
-        for where, part in walk(cfg.get(group), group):
-            if 'type' not in part:
-                continue
-            by_epoch = part.get(
-                'by_epoch', _default(find_type(part, HOOKS), 'by_epoch')
+    for where, part in _find_hooks(cfg):
+        argument = _find_argument(find_type(part, HOOKS), 'by_epoch')
+        by_epoch = part.get('by_epoch', argument and argument.default)
+        interval = part.get('interval', 1)
+        if by_epoch and isinstance(interval, int) and interval > 0:
+            found.append(
+                f'{where} ({type_name(part)}) has by_epoch=True, so it would not act '
+                f'before the end of the run. Set --cfg-options {where}.by_epoch=False '
+                'and an interval in iterations'
             )
-            acts = part.get('interval', 1)
-            if by_epoch and isinstance(acts, int) and acts > 0:
-                yield (
-                    f'{where} ({type_name(part)}) has by_epoch=True, so it would not '
-                    f'act before the end of the run. Set --cfg-options '
-                    f'{where}.by_epoch=False and an interval in iterations'
-                )
-            for option, value in part.items():
-                if (
-                    option.endswith(('epoch', 'epochs'))
-                    and type(value) is int
-                    and value
-                ):
-                    yield (
-                        f'{where}.{option} is {value}, an epoch that never comes. '
-                        'Remove the hook, or train by epochs'
-                    )
+        found += [
+            f'{where}.{option} is {value}, an epoch that never comes. Remove the hook, '
+            'or train by epochs'
+            for option, value in part.items()
+            if option.endswith(('epoch', 'epochs')) and type(value) is int and value
+        ]
+    log_by_epoch = (cfg.get('log_processor') or {}).get('by_epoch', True)
+    if 'log_processor' in cfg and log_by_epoch:
+        return found, ['log_processor has by_epoch=True, so the log counts epochs']
+    return found, []
 
 
-def _default(kind: Any, name: str) -> Any:
-    """The default of an argument of a class, or of the first base that has it."""
+def _find_hooks(cfg: Any) -> list[tuple[str, dict]]:
+    return [
+        (where, part)
+        for group in ('default_hooks', 'custom_hooks')
+        for where, part in walk(cfg.get(group), group)
+        if 'type' in part
+    ]
+
+
+def _find_argument(kind: Any, name: str) -> Optional[inspect.Parameter]:
+    """The argument of a class, or of the first base that has it."""
     for base in getattr(kind, '__mro__', ()):
         arguments = inspect.signature(base.__init__).parameters
         if name in arguments:
-            return arguments[name].default
+            return arguments[name]
     return None
 
 
@@ -153,7 +164,7 @@ def _is_endless(loader: dict) -> bool:
         return False
     kind: Any = find_type(sampler, DATA_SAMPLERS)
     options = {key: value for key, value in sampler.items() if key != 'type'}
-    if _default(kind, 'seed') is None:
+    if _find_argument(kind, 'seed'):
         options.setdefault('seed', 0)  # draw none from the global generator
     try:
         built = kind(range(4), **options)

@@ -45,14 +45,14 @@ def describe_use(dataset: CocoDataset, content: Content) -> list[str]:
         (take((size < 1).any(1)), 'boxes are narrower or lower than a pixel'),
     ]
     clauses = [f'{count} {text} and are skipped' for count, text in skipped if count]
+    filled = [
+        f'{count} annotations have no {field}, which is filled in'
+        for field, count in content.lacks(dataset).items()
+    ]
     if dataset.test_mode:
         if clauses:
             clauses.append('the metric counts all these, as objects to be found')
-        clauses += [
-            f'{count} annotations have no {field}, which is filled in'
-            for field, count in content.missing.items()
-            if count and dataset.judged
-        ]
+        clauses += filled
         if dataset.judged and not content.ids:
             clauses.append(
                 'there are no annotations to judge by, so that the metric will be -1 '
@@ -82,7 +82,9 @@ def describe_use(dataset: CocoDataset, content: Content) -> list[str]:
         ),
         *_use_of_images(dataset, content, sides, of_classes, objects, crowd),
     ]
-    return clauses + [f'{count} {text}' for count, text in in_training if count]
+    return (
+        clauses + filled + [f'{count} {text}' for count, text in in_training if count]
+    )
 
 
 def _use_of_images(

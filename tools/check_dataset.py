@@ -1,0 +1,40 @@
+"""Check the data of a config before a run: files, annotations, images, classes."""
+
+import argparse
+
+from mmrest import launch
+from mmrest.datasets import fill_coco_fields
+from mmrest.datasets.preflight import check_data, log_report
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    launch.add_config_arguments(parser)
+    parser.add_argument(
+        '--stage',
+        choices=('train', 'test'),
+        default='train',
+        help='training and validation data, or test data [train]',
+    )
+    parser.add_argument(
+        '--decode',
+        type=int,
+        metavar='N',
+        help='images to decode of each dataset [all up to 500, else 100]',
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    with launch.short_errors('tools/check_dataset.py'):
+        cfg = launch.load_config(args.config, args.cfg_options)
+        fill_coco_fields()
+        options = dict(cfg.get('preflight') or {})
+        if args.decode is not None:
+            options['decode'] = args.decode
+        log_report(check_data(cfg, args.stage, **options))
+
+
+if __name__ == '__main__':
+    main()
