@@ -5,21 +5,9 @@
 #
 # Several machines: NNODES, NODE_RANK (0 on the first), MASTER_ADDR and PORT on each.
 set -euo pipefail
+# shellcheck source=launchers.sh
+source "$(dirname "${BASH_SOURCE[0]}")/launchers.sh"
+need 3 'CONFIG CHECKPOINT GPUS [options of tools/test.py]' "$@"
 
-if [ $# -lt 3 ]; then
-    echo "usage: $0 CONFIG CHECKPOINT GPUS [options of tools/test.py]" >&2
-    exit 2
-fi
-CONFIG=$1
-CHECKPOINT=$2
-GPUS=$3
-HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-
-PYTHONPATH="$HERE/..${PYTHONPATH:+:$PYTHONPATH}" \
-exec "${PYTHON:-python}" -m torch.distributed.run \
-    --nnodes="${NNODES:-1}" \
-    --node_rank="${NODE_RANK:-0}" \
-    --master_addr="${MASTER_ADDR:-127.0.0.1}" \
-    --master_port="${PORT:-29500}" \
-    --nproc_per_node="$GPUS" \
-    "$HERE/test.py" "$CONFIG" "$CHECKPOINT" --launcher pytorch "${@:4}"
+use_torchrun "$3"
+exec "${LAUNCH[@]}" "$HERE/test.py" "$1" "$2" --launcher pytorch "${@:4}"

@@ -6,18 +6,12 @@
 # Several machines: NNODES, NODE_RANK (0 on the first), MASTER_ADDR and PORT on each.
 # SIGTERM or SIGUSR1 saves a checkpoint and ends with status 75, see docs/preemption.md.
 set -euo pipefail
-
-if [ $# -lt 2 ]; then
-    echo "usage: $0 CONFIG GPUS [options of tools/train.py]" >&2
-    exit 2
-fi
-CONFIG=$1
-GPUS=$2
-HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=launchers.sh
+source "$(dirname "${BASH_SOURCE[0]}")/launchers.sh"
 # shellcheck source=requeue.sh
 source "$HERE/requeue.sh"
+need 2 'CONFIG GPUS [options of tools/train.py]' "$@"
 
-export PYTHONPATH="$HERE/..${PYTHONPATH:+:$PYTHONPATH}"
 # After SIGTERM torchrun kills its processes in 30 s; a checkpoint may take longer,
 # and the scheduler has a limit of its own.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
@@ -27,14 +21,9 @@ MARKER_FOLDER=$(mktemp -d)
 trap 'rm -rf "$MARKER_FOLDER"' EXIT
 
 STATUS=0
-launch_and_wait "$MARKER_FOLDER/requeue" \
-    "${PYTHON:-python}" -m torch.distributed.run \
-    --nnodes="${NNODES:-1}" \
-    --node_rank="${NODE_RANK:-0}" \
-    --master_addr="${MASTER_ADDR:-127.0.0.1}" \
-    --master_port="${PORT:-29500}" \
-    --nproc_per_node="$GPUS" \
-    "$HERE/train.py" "$CONFIG" --launcher pytorch "${@:3}" || STATUS=$?
+use_torchrun "$2"
+launch_and_wait "$MARKER_FOLDER/requeue" "${LAUNCH[@]}" \
+    "$HERE/train.py" "$1" --launcher pytorch "${@:3}" || STATUS=$?
 if [ "$STATUS" -eq "$REQUEUE_STATUS" ]; then
     echo "$0: stopped by a signal; continue with --resume. Exit status $STATUS." >&2
 fi

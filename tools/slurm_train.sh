@@ -7,45 +7,24 @@
 # In a batch job with --requeue it puts the job into the queue again if it is stopped
 # by a signal before its time is up, and continues then, see docs/preemption.md.
 set -euo pipefail
-
-if [ $# -lt 4 ]; then
-    echo "usage: $0 PARTITION JOB_NAME CONFIG WORK_DIR [options of tools/train.py]" >&2
-    exit 2
-fi
-PARTITION=$1
-JOB_NAME=$2
-CONFIG=$3
-WORK_DIR=$4
-OPTIONS=("${@:5}")
-GPUS=${GPUS:-8}
-GPUS_PER_NODE=${GPUS_PER_NODE:-8}
-if [ "$GPUS" -lt "$GPUS_PER_NODE" ]; then GPUS_PER_NODE=$GPUS; fi
-HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=launchers.sh
+source "$(dirname "${BASH_SOURCE[0]}")/launchers.sh"
 # shellcheck source=requeue.sh
 source "$HERE/requeue.sh"
+need 4 'PARTITION JOB_NAME CONFIG WORK_DIR [options of tools/train.py]' "$@"
 
-export PYTHONPATH="$HERE/..${PYTHONPATH:+:$PYTHONPATH}"
+OPTIONS=("${@:5}")
 # A job that Slurm starts again goes on, whoever had it requeued.
 if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [[ " ${OPTIONS[*]-} " != *" --resume"* ]]; then
     OPTIONS=(--resume ${OPTIONS[@]+"${OPTIONS[@]}"})
 fi
 
 # The processes may be on other machines, and the work folder is on all.
-mkdir -p "$WORK_DIR"
-MARKER=$(cd "$WORK_DIR" && pwd)/.requeue-${SLURM_JOB_ID:-$$}
+mkdir -p "$4"
+MARKER=$(cd "$4" && pwd)/.requeue-${SLURM_JOB_ID:-$$}
 STATUS=0
-# SRUN_ARGS holds several words.
-# shellcheck disable=SC2086
-launch_and_wait "$MARKER" \
-    srun -p "$PARTITION" \
-    --job-name="$JOB_NAME" \
-    --gres=gpu:"$GPUS_PER_NODE" \
-    --ntasks="$GPUS" \
-    --ntasks-per-node="$GPUS_PER_NODE" \
-    --cpus-per-task="${CPUS_PER_TASK:-5}" \
-    --kill-on-bad-exit=1 \
-    ${SRUN_ARGS:-} \
-    "${PYTHON:-python}" -u "$HERE/train.py" "$CONFIG" --work-dir="$WORK_DIR" \
+use_srun "$1" "$2"
+launch_and_wait "$MARKER" "${LAUNCH[@]}" "$HERE/train.py" "$3" --work-dir="$4" \
     --launcher=slurm ${OPTIONS[@]+"${OPTIONS[@]}"} || STATUS=$?
 if [ "$STATUS" -ne "$REQUEUE_STATUS" ]; then exit "$STATUS"; fi
 

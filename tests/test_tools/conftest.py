@@ -168,8 +168,8 @@ def start(repo, tmp_path):
 
     started = []
 
-    def start_tool(*args, **environment):
-        started.append(Started(repo, tmp_path, *args, **environment))
+    def start_tool(*args):
+        started.append(Started(repo, tmp_path, *args))
         return started[-1]
 
     yield start_tool

@@ -63,7 +63,7 @@ def test_equals_ddp_and_resumes(start, config, tmp_path):
         command = ['dist_train.sh', tmp_path / f'shapes{name}.py', 2, '--resume']
         command += [*resume, '--work-dir', tmp_path / f'run{name}', '--cfg-options']
         command += [*OPTIONS, f'train_cfg.max_iters={iters}']
-        run = start(*command, PYTHONPATH=str(tmp_path))
+        run = start(*command)
         assert run.end() == 0, run.output[-4000:]
         return run.output
 

@@ -9,6 +9,8 @@ from tool_runs import NO_VAL, OPTIONS, iterations
 
 from mmrest.checkpoint import read_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 def latest(folder):
     path = (folder / 'last_checkpoint').read_text()
@@ -19,8 +21,8 @@ def latest(folder):
     ('tool', 'name'),
     [
         ('train.py', 'SIGUSR1'),
-        pytest.param('dist_train.sh', 'SIGTERM', marks=pytest.mark.slow),
-        pytest.param('dist_train.sh', 'SIGUSR1', marks=pytest.mark.slow),
+        ('dist_train.sh', 'SIGTERM'),
+        ('dist_train.sh', 'SIGUSR1'),
     ],
 )
 def test_signal_saves_and_asks_for_more(start, config, tmp_path, tool, name):

@@ -24,6 +24,12 @@ def test_trains_saves_and_evaluates_from_another_folder(trained):
     assert list(folder.glob('*/vis_data/scalars.json'))
 
 
+def test_as_a_process(run, config, tmp_path):
+    options = ['--cfg-options', 'train_cfg.max_iters=1', *NO_VAL]
+    output = run('train.py', config, *options, cwd=tmp_path)
+    assert iterations(output) == [1]
+
+
 @pytest.mark.parametrize('path', [None, 'iter_2.pth'])
 def test_resume(call, config, trained, tmp_path, path):
     folder, _ = trained

@@ -53,15 +53,20 @@ def call_tool(repo, tool, *args, cwd, fails=False):
 
 
 class Started:
-    """A tool as a process whose output goes into a file."""
+    """A tool as a process whose output goes into a file of a folder.
 
-    def __init__(self, repo, folder, tool, *args, **environment):
-        self._path = folder / 'output'
-        with open(self._path, 'a') as file:
+    It imports what lies in that folder.
+    """
+
+    def __init__(self, repo, folder, tool, *args):
+        self._path = folder / f'output{len(list(folder.glob("output*")))}'
+        environment = environment_of(repo)
+        environment['PYTHONPATH'] += f'{os.pathsep}{folder}'
+        with open(self._path, 'w') as file:
             self.process = subprocess.Popen(
                 command_of(repo, tool, args),
                 cwd=folder,
-                env=environment_of(repo) | dict(PYTHONUNBUFFERED='1') | environment,
+                env=dict(environment, PYTHONUNBUFFERED='1'),
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )
