@@ -22,6 +22,7 @@ REPO = TESTS.parent
 sys.path[:0] = [str(TESTS), str(TESTS / 'test_ops')]
 
 from tool_process import command_of, environment_of, free_port  # noqa: E402
+from tool_runs import call_tool  # noqa: E402
 
 # the same examples in every run, and no limit of time on a busy machine
 settings.register_profile('mmrest', derandomize=True, deadline=None)
@@ -90,6 +91,12 @@ def run(repo):
         return output
 
     return run_tool
+
+
+@pytest.fixture(scope='session')
+def call(repo):
+    """Run a tool within this process; the output of both streams comes back."""
+    return functools.partial(call_tool, repo)
 
 
 @pytest.fixture(scope='session')

@@ -20,7 +20,7 @@ from soak_session import Session, SoakError
 from mmrest.checkpoint import CheckpointError, inspect_latest, read_checkpoint
 
 REPO = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPO / 'tools' / 'demo'))
+sys.path.insert(0, str(REPO / 'projects' / 'demo'))
 from fruitset.coco import CLASSES, SPLITS, generate  # noqa: E402
 
 ITERATIONS, INTERVAL = 60, 5

@@ -1,19 +1,13 @@
 """A data set of two shapes, a config for it as a user writes one, and processes."""
 
-import functools
 import json
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-
-# so that the tests here can import the helpers beside them
-sys.path.insert(0, str(Path(__file__).parent))
-
-from tool_runs import Started, call_tool  # noqa: E402
+from tool_runs import Started
 
 CLASSES = ('box', 'diamond')
 
@@ -146,12 +140,6 @@ def config(tmp_path_factory) -> Path:
     path = folder / 'shapes.py'
     path.write_text(CONFIG.format(root=str(folder / 'shapes')))
     return path
-
-
-@pytest.fixture(scope='session')
-def call(repo):
-    """Run a tool within this process; the output of both streams comes back."""
-    return functools.partial(call_tool, repo)
 
 
 @pytest.fixture(scope='session')

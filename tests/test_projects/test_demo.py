@@ -1,9 +1,7 @@
-"""`make demo` as real processes: a short one, errors, and the whole thing."""
+"""`make demo`: short runs, errors, and the whole thing."""
 
+import functools
 import json
-import os
-import subprocess
-import sys
 
 import cv2
 import pytest
@@ -16,19 +14,19 @@ SHORT = (
     'train_cfg.max_iters=2',
     'train_dataloader.batch_size=2',
     'default_hooks.logger.interval=1',
+    *(
+        f'{split}_dataloader.{option}'
+        for split in ('train', 'val')
+        for option in ('num_workers=0', 'persistent_workers=False')
+    ),
 )
 
 
-def run_demo(repo, *args, **env):
-    """Run the tool from another folder; returns the finished process."""
-    path = os.pathsep.join(filter(None, (str(repo), os.environ.get('PYTHONPATH'))))
-    return subprocess.run(
-        [sys.executable, str(repo / 'tools' / 'demo' / 'run.py'), *map(str, args)],
-        capture_output=True,
-        text=True,
-        env=dict(os.environ, PYTHONPATH=path, **env),
-        cwd=repo.parent,
-    )
+@pytest.fixture
+def demo(call, tmp_path, monkeypatch):
+    """Run the demo from another folder."""
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    return functools.partial(call, '../projects/demo/run.py', cwd=tmp_path)
 
 
 def results(work_dir):
@@ -52,41 +50,32 @@ def test_configs_build(repo, name):
     assert sum(p.numel() for p in model.parameters()) < 4e6
 
 
-def test_short_run_on_generated_data(repo, tmp_path):
+def test_short_run_on_generated_data(demo, tmp_path):
     counts = ('fruit_set.num_train=6', 'fruit_set.num_val=3', 'fruit_set.size=96')
-    done = run_demo(
-        repo, '--work-dir', tmp_path, '--cfg-options', *SHORT, *counts,
-        OMP_NUM_THREADS='1',
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    folder = results(tmp_path)
+    output = demo('--work-dir', 'out', '--cfg-options', *SHORT, *counts)
+    folder = results(tmp_path / 'out')
     assert len(list((folder / 'pictures').iterdir())) == 4
     for what in ('metrics.txt', 'pictures', 'curves.png', 'iter_2.pth', '.log'):
-        assert str(folder) in done.stdout and what in done.stdout
-    assert 'On 3 images held back from training' in done.stdout
+        assert str(folder) in output and what in output
+    assert 'On 3 images held back from training' in output
     assert json.loads((folder / 'metrics.json').read_text()).get('step', 2) == 2
 
 
-def test_short_run_on_own_data(repo, tmp_path):
+@pytest.mark.slow
+def test_short_run_on_own_data(demo, tmp_path):
     data = generate(tmp_path / 'mine', 6, 3, 80, workers=1)
     (data / 'generated.json').unlink()
     before = sorted((p, p.stat().st_mtime_ns) for p in data.rglob('*'))
-    done = run_demo(
-        repo, '--data', data, '--work-dir', tmp_path / 'out', '--cfg-options', *SHORT,
-        OMP_NUM_THREADS='1',
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    output = demo('--data', data, '--work-dir', 'out', '--cfg-options', *SHORT)
     results(tmp_path / 'out')
-    assert 'train and val as found' in done.stdout
+    assert 'train and val as found' in output
     assert before == sorted((p, p.stat().st_mtime_ns) for p in data.rglob('*'))
 
 
-def test_unusable_data_end_in_one_message(repo, tmp_path):
+def test_unusable_data_end_in_one_message(demo, tmp_path):
     (tmp_path / 'data').mkdir()
-    done = run_demo(repo, '--data', tmp_path / 'data', '--work-dir', tmp_path / 'out')
-    assert done.returncode == 1
-    assert 'No COCO annotation file' in done.stderr
-    assert 'Traceback' not in done.stderr
+    output = demo('--data', 'data', '--work-dir', 'out', fails=True)
+    assert 'No COCO annotation file' in output
     assert list((tmp_path / 'out').iterdir()) == []
 
 
@@ -120,10 +109,9 @@ def test_nothing_detected_is_said(tmp_path):
 
 
 @pytest.mark.slow
-def test_demo_learns(repo, tmp_path):
+def test_demo_learns(run, tmp_path):
     """The promise of `make demo`, on images never trained on."""
-    done = run_demo(repo, '--work-dir', tmp_path)
-    assert done.returncode == 0, done.stderr
-    metrics = json.loads((results(tmp_path) / 'metrics.json').read_text())
+    run('../projects/demo/run.py', '--work-dir', 'out', cwd=tmp_path)
+    metrics = json.loads((results(tmp_path / 'out') / 'metrics.json').read_text())
     assert metrics['coco/bbox_mAP_50'] >= 0.5
     assert metrics['coco/segm_mAP_50'] >= 0.45
