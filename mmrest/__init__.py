@@ -20,7 +20,7 @@ if 'mmrest.doctor' not in (_argv or ()) and (_argv or sys.argv[:1] != ['-m']):
 
         from . import datasets, hooks
         from .checkpoint import allow_mmengine_checkpoints
-        from .models import ResT
+        from .models import ResT, ResTV2
         from .utils.toolboxes import register_in_toolboxes
     # ImportError: missing; AssertionError: a version gate; ValueError: NumPy's ABI
     except (ImportError, AssertionError, ValueError) as error:
@@ -34,4 +34,5 @@ if 'mmrest.doctor' not in (_argv or ()) and (_argv or sys.argv[:1] != ['-m']):
     MODULE2PACKAGE['mmrest'] = 'mmrest.config'
     allow_mmengine_checkpoints()
     register_in_toolboxes(ResT)
-    __all__ += ['ResT', 'datasets', 'hooks']
+    register_in_toolboxes(ResTV2)
+    __all__ += ['ResT', 'ResTV2', 'datasets', 'hooks']

@@ -5,8 +5,9 @@ from mmengine.registry import MODELS
 
 from . import rest_ablations  # noqa: F401  registers the variants
 from .rest import ResT
+from .restv2 import ResTV2
 
-__all__ = ['ResT']
+__all__ = ['ResT', 'ResTV2']
 
 # Registries of the first releases, and the place that each stood for.
 _REGISTRIES = dict(STEMS='stem', POSITIONS='pos', ATTENTIONS='attn')

@@ -301,6 +301,8 @@ class BaseResT(BaseModule):
     """
 
     entry_names: tuple[str, ...]
+    # no class token or the like, for the CAM tools of mmpretrain
+    num_extra_tokens = 0
 
     def __init__(
         self,
@@ -545,8 +547,6 @@ class ResT(BaseResT):
     entry_names = ('stem', 'patch_embed_2', 'patch_embed_3', 'patch_embed_4')
     # the classifier's final norm serves stage 4
     out_norm_names = ('norm1', 'norm2', 'norm3', 'norm')
-    # no class token or the like, for the CAM tools of mmpretrain
-    num_extra_tokens = 0
 
     def __init__(
         self,
