@@ -33,4 +33,7 @@ class PlainRoles(griffe.Extension):
         """Change the docstring of one class, function or module."""
         if obj.docstring:
             text = re.sub(r':[a-z]+:`~?([^`]+)`', r'`\1`', obj.docstring.value)
-            obj.docstring.value = text
+            # griffe knows the section of Google's style by its plural alone
+            obj.docstring.value = re.sub(
+                r'^(\s*)Example:$', r'\1Examples:', text, flags=re.M
+            )
