@@ -167,8 +167,9 @@ def check_parent_init(
     if not found.fitting:
         raise CheckpointError(
             f'the checkpoint that an init_cfg (or pretrained) of the model names holds '
-            f'no tensor for its {name}: none has a name below {prefix!r}. If it is an '
-            f'ImageNet file or a backbone alone, {_BACKBONE_ADVICE}'
+            f'no tensor for its {name}: no name in it begins with '
+            f'{prefix or "the name of one of its layers"!r}. If it is an ImageNet file '
+            f'or a backbone alone, {_BACKBONE_ADVICE}'
         )
     problems = [*found.problems, *describe_defects(found.fitting)]
     if problems:

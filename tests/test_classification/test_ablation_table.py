@@ -3,18 +3,27 @@
 import re
 
 import pytest
+import torch
 
 TOOL = 'analysis_tools/ablation_table.py'
 PAGE = 'before\n<!-- ablation:begin -->\nold\n<!-- ablation:end -->\nafter\n'
 
 
 @pytest.fixture
-def measure(run, repo, tmp_path):
+def one_thread():
+    """The tool sets PyTorch's threads; they are as before after the test."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def measure(call, repo, tmp_path, one_thread):
     def run_tool(*options, **kwargs):
         names = ('lite_published', 'lite_pos_none')
         configs = [repo / 'configs' / 'ablation' / f'{name}.py' for name in names]
         small = ['--size', '64', '--batch', '1', '--rounds', '1', '--threads', '1']
-        return run(TOOL, *configs, *small, *options, cwd=tmp_path, **kwargs)
+        return call(TOOL, *configs, *small, *options, cwd=tmp_path, **kwargs)
 
     return run_tool
 

@@ -17,15 +17,15 @@ def accuracies(output):
 
 
 @pytest.fixture(scope='module')
-def first_epoch(class_folders, run):
+def first_epoch(class_folders, call):
     """Work folder of an epoch, and what its validation gave."""
     work = class_folders / 'work'
-    output = run('train.py', 'config.py', '--work-dir', work, cwd=class_folders)
+    output = call('train.py', 'config.py', '--work-dir', work, cwd=class_folders)
     return work, accuracies(output)
 
 
 @pytest.fixture(scope='module')
-def trained(class_folders, run, first_epoch):
+def trained(class_folders, call, first_epoch):
     """One epoch, and a second one with averaged weights that resumes it."""
     work = first_epoch[0]
     config = class_folders / 'ema.py'
@@ -34,7 +34,7 @@ def trained(class_folders, run, first_epoch):
         'train_cfg = dict(max_epochs=2)\n'
         "custom_hooks = [dict(type='EMAHook', momentum=0.3)]\n"
     )
-    output = run('train.py', config, '--work-dir', work, '--resume', cwd=class_folders)
+    output = call('train.py', config, '--work-dir', work, '--resume', cwd=class_folders)
     assert 'Epoch(train) [2]' in output and 'Epoch(train) [1]' not in output
     return work
 
@@ -67,7 +67,7 @@ def test_a_trained_classifier_goes_into_a_detector(trained, repo, epoch, prefix)
 @pytest.mark.slow
 @pytest.mark.parametrize('tta', [[], ['--tta']], ids=str)
 def test_a_published_file_is_tested_as_it_is(
-    first_epoch, class_folders, run, metrics, tta
+    first_epoch, class_folders, call, metrics, tta
 ):
     """The trained weights in published form give the accuracy of the own file."""
     work, expected = first_epoch
@@ -78,7 +78,7 @@ def test_a_published_file_is_tested_as_it_is(
     }
     torch.save(dict(model=published), class_folders / 'published.pth')
     work = class_folders / f'tested{"".join(tta)}'
-    output = run(
+    output = call(
         'test.py', 'config.py', 'published.pth', '--work-dir', work, *tta,
         cwd=class_folders,
     )  # fmt: skip
