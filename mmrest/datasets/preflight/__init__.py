@@ -140,7 +140,8 @@ def _examine(
         contents = []
         for dataset in find_coco_datasets(cfg, split):
             dataset = with_evaluation(dataset, evaluators)
-            content, found, clauses = None, _find_files(dataset), []
+            content, found = None, _find_files(dataset)
+            clauses: list[str] = []
             if read and osp.isfile(dataset.ann_file):
                 content, texts, clauses = _examine_coco(
                     dataset, unused_categories, decode

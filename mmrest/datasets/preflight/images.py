@@ -85,8 +85,9 @@ def inspect_image(path: str, apply_exif_orientation: bool = True) -> ImageFacts:
                 size, kind = image.size, MODES.get(image.mode.partition(';')[0])
                 form = image.format
                 orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+                tags = getattr(image, 'tag_v2', {})
                 if form == 'TIFF':  # to which Pillow applies it by itself
-                    size = image.tag_v2[WIDTH_TAG], image.tag_v2[HEIGHT_TAG]
+                    size = tags[WIDTH_TAG], tags[HEIGHT_TAG]
                 # A JPEG is read to its end at an eighth of the size, much faster.
                 image.draft('RGB', (size[0] // 8, size[1] // 8))
                 image.load()

@@ -36,6 +36,11 @@ def bases(cfg: dict, registry: Registry) -> dict[str, type]:
     return {base.__name__: base for base in getattr(kind, '__mro__', ())}
 
 
+def options_of(cfg: dict) -> dict:
+    """The arguments that a config gives to its class."""
+    return {key: v for key, v in cfg.items() if key not in ('type', '_scope_')}
+
+
 def find_datasets(cfg: Any, split: str) -> list[tuple[str, dict]]:
     """List the datasets of a split; wrappers such as ``RepeatDataset`` are taken off.
 

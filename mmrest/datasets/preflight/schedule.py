@@ -8,7 +8,7 @@ from typing import Any, Optional
 from mmengine.registry import DATA_SAMPLERS, HOOKS, LOOPS, PARAM_SCHEDULERS
 
 from ...utils.config_types import find_type, type_name
-from .reading import bases, walk
+from .reading import bases, options_of, walk
 
 ENDLESS = {'InfiniteSampler', 'MultiSourceSampler'}
 # Options of a data loader that are about its worker processes.
@@ -163,7 +163,7 @@ def _is_endless(loader: dict) -> bool:
     if 'DefaultSampler' in kinds:
         return False
     kind: Any = find_type(sampler, DATA_SAMPLERS)
-    options = {key: value for key, value in sampler.items() if key != 'type'}
+    options = options_of(sampler)
     if _find_argument(kind, 'seed'):
         options.setdefault('seed', 0)  # draw none from the global generator
     try:

@@ -21,6 +21,7 @@ from .reading import (
     find_steps,
     is_remote,
     join,
+    options_of,
     walk,
 )
 
@@ -86,15 +87,13 @@ def _describe(where: str, leaf: dict, ignored: int) -> SegDataset:
             )
     classes = find_classes(leaf)
     if not fault:
-        options = {key: value for key, value in leaf.items() if key != 'type'}
-        options.update(pipeline=[], lazy_init=True)
-        kind = find_type(leaf, DATASETS)
-        assert kind is not None  # its bases are known
+        built: Any = find_type(leaf, DATASETS)
+        options = {**options_of(leaf), 'pipeline': [], 'lazy_init': True}
         try:
-            source = kind(**options)
+            source = built(**options)
             classes = tuple(source.metainfo.get('classes') or ())
         except (AssertionError, ValueError, OSError) as error:
-            fault = f'{kind.__name__} cannot be built: {error}.'
+            fault = f'{built.__name__} cannot be built: {error}.'
     return SegDataset(where, classes, source, fault, ignored)
 
 
