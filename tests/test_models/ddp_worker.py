@@ -2,7 +2,8 @@
 
 ``unused``: every parameter takes part in every step, and ``variants`` the same for
 the other stems, positions and attentions. ``equal``: the processes, each with its share
-of the batch, get the gradients that one process gets from all of it.
+of the batch, get the gradients that one process gets from all of it. With ``_v2`` the
+same of ResTV2.
 """
 
 import itertools
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from mmrest import ResT
+from mmrest import ResT, ResTV2
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # rest_variants
 from rest_variants import OTHERS, VARIANTS  # noqa: E402
@@ -30,9 +31,9 @@ BATCH = 4
 NORMS = (dict(norm_eval=True), dict(norm_cfg=dict(type='GN', num_groups=2)))
 
 
-def build(**kwargs) -> ResT:
+def build(kind: type, **kwargs) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = ResT(ARCH, **kwargs)
+    model = kind(ARCH, **kwargs)
     model.init_weights()
     for name, buffer in model.named_buffers():
         if name.endswith(('running_mean', 'running_var')):
@@ -49,10 +50,13 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def check_unused(
-    frozen_stages: int, out_indices: tuple[int, ...], variant: str = 'published'
+    kind: type,
+    frozen_stages: int,
+    out_indices: tuple[int, ...],
+    variant: str = 'published',
 ) -> None:
     options = dict(frozen_stages=frozen_stages, out_indices=out_indices)
-    model = build(**options, **VARIANTS[variant])
+    model = build(kind, **options, **VARIANTS[variant])
     ddp = DistributedDataParallel(model, find_unused_parameters=False)
     for step in range(2):  # an unused parameter is an error in the second step
         model.zero_grad()
@@ -65,15 +69,15 @@ def check_unused(
         assert torch.allclose(grad, mean, atol=1e-6), name
 
 
-def check_equal(frozen_stages: int, with_cp: bool, norm: dict) -> None:
+def check_equal(kind: type, frozen_stages: int, with_cp: bool, norm: dict) -> None:
     share = BATCH // dist.get_world_size()
     first = share * dist.get_rank()
     images = torch.rand(BATCH, 3, 72, 104, generator=torch.Generator().manual_seed(1))
     kwargs = dict(frozen_stages=frozen_stages, **norm)
 
-    alone = build(**kwargs)
+    alone = build(kind, **kwargs)
     loss(alone(images)).backward()
-    model = build(with_cp=with_cp, **kwargs)
+    model = build(kind, with_cp=with_cp, **kwargs)
     ddp = DistributedDataParallel(model, find_unused_parameters=False)
     loss(ddp(images[first : first + share])).backward()
 
@@ -85,10 +89,13 @@ def check_equal(frozen_stages: int, with_cp: bool, norm: dict) -> None:
         assert error <= 1e-5 * size + 1e-7, f'{name}: {error} of {size}'
 
 
+ALL_OUTPUTS = (0, 1, 2, 3)
 CASES = dict(
-    unused=(check_unused, (range(-1, 5), [(0, 1, 2, 3), (1, 2, 3), (1,)])),
-    variants=(check_unused, ((-1, 2), [(0, 1, 2, 3)], OTHERS)),
-    equal=(check_equal, (range(-1, 5), (False, True), NORMS)),
+    unused=(check_unused, ([ResT], range(-1, 5), [ALL_OUTPUTS, (1, 2, 3), (1,)])),
+    unused_v2=(check_unused, ([ResTV2], (-1, 0, 2, 4), [ALL_OUTPUTS, (1,)])),
+    variants=(check_unused, ([ResT], (-1, 2), [ALL_OUTPUTS], OTHERS)),
+    equal=(check_equal, ([ResT], range(-1, 5), (False, True), NORMS)),
+    equal_v2=(check_equal, ([ResTV2], (-1, 2), (False, True), NORMS)),
 )
 
 
