@@ -1,20 +1,13 @@
 """tools/test.py on photographs, against the same weights without mmdet's pipeline."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
 from PIL import Image
-from published_form import (
-    mask_rcnn_inference,
-    preprocess,
-    retinanet_inference,
-)
+from published_form import mask_rcnn_inference, preprocess, retinanet_inference
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -66,8 +59,8 @@ def ground_truth(images, found, with_masks):
     return annotations
 
 
-@pytest.fixture(params=['retinanet', pytest.param('mask_rcnn', marks=pytest.mark.slow)])
-def run(request, shared, repo, tmp_path, native, published):
+@pytest.fixture(params=['retinanet', 'mask_rcnn'])
+def run(request, shared, repo, tmp_path, native, published, call):
     """One run of tools/test.py: all that it wrote, and what to compare it with."""
     from mmdet.datasets import CocoDataset
 
@@ -92,8 +85,7 @@ def run(request, shared, repo, tmp_path, native, published):
 
     source, checkpoint = tmp_path / 'published.pth', tmp_path / 'converted.pth'
     torch.save({'model': state}, source)
-    tool = repo / 'tools/model_converters/detectron2_to_mmdet.py'
-    execute(repo, tool, source, checkpoint)
+    call('model_converters/detectron2_to_mmdet.py', source, checkpoint, cwd=tmp_path)
 
     base = repo / 'configs' / kind / 'rest_small_fpn_1x_published.py'
     cfg = Config.fromfile(base)
@@ -107,33 +99,11 @@ def run(request, shared, repo, tmp_path, native, published):
     )
     cfg.test_evaluator.ann_file = str(tmp_path / 'val.json')
     cfg.dump(tmp_path / 'config.py')
-    execute(
-        repo,
-        repo / 'tools/test.py',
-        tmp_path / 'config.py',
-        checkpoint,
-        '--work-dir',
-        tmp_path / 'work',
-        '--out',
-        tmp_path / 'out.json',
-    )
+    options = ['--work-dir', 'work', '--out', 'out.json']
+    call('test.py', 'config.py', checkpoint, *options, cwd=tmp_path)
     (scalars,) = (tmp_path / 'work').glob('*/*.json')
     printed = json.loads(scalars.read_text().splitlines()[-1])
     return kind, found, printed, tmp_path
-
-
-def execute(repo, *command, expect=0):
-    environment = {**os.environ, 'PYTHONPATH': str(repo), 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=repo,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
 
 
 def average_precision(annotations, results, kind):
@@ -145,7 +115,8 @@ def average_precision(annotations, results, kind):
     return evaluation.stats[0]
 
 
-def test_detections_and_ap(run, repo):
+@pytest.mark.slow
+def test_detections_and_ap(run, call):
     kind, found, printed, folder = run
     written = json.loads((folder / 'out.bbox.json').read_text())
     for number, expected in enumerate(found, start=1):
@@ -179,13 +150,7 @@ def test_detections_and_ap(run, repo):
     config = folder / 'config.py'
     own = {'metrics': figures, 'tolerance': 0.1, 'kind': 'figures made by this test'}
     config.write_text(config.read_text() + f'\nexpected_results = {own}\n')
-    out = execute(
-        repo,
-        repo / 'tools/check_results.py',
-        config,
-        folder / 'converted.pth',
-        '--work-dir',
-        folder / 'work2',
-    )
+    options = ['--work-dir', 'work2']
+    out = call('check_results.py', 'config.py', 'converted.pth', *options, cwd=folder)
     assert 'compared with figures made by this test (the config)' in out
     assert f'box AP: {figures["box AP"]:.1f}' in out and 'agrees' in out

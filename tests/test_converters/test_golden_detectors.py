@@ -98,6 +98,7 @@ def test_heads_are_those_of_the_recipe(case, published):
     assert_same_detections(found, expected, 0.002, 2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('kind', 'arch'), [('retinanet', 'base'), ('mask_rcnn', 'base')]
 )

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mmengine.config import Config
 from published_form import PUBLISHED
 
 from mmrest.converters import (
@@ -16,6 +17,12 @@ from mmrest.converters import (
 )
 from mmrest.converters.layout import constants, swap_anchor_order
 
+# the golden detectors are small ones, so that these are loaded anyway
+SMALL_FIRST = [
+    pytest.param(kind, arch, marks=[pytest.mark.slow] if arch == 'base' else [])
+    for kind, arch in PUBLISHED
+]
+
 
 @pytest.mark.parametrize(('kind', 'arch'), PUBLISHED)
 def test_names_and_shapes_are_the_published_ones(kind, arch, detector_shapes):
@@ -26,17 +33,37 @@ def test_names_and_shapes_are_the_published_ones(kind, arch, detector_shapes):
     assert found == detector_shapes[f'{kind}_rest_{arch}']
 
 
-@pytest.mark.parametrize(('kind', 'arch'), PUBLISHED)
+@pytest.mark.parametrize(('kind', 'arch'), SMALL_FIRST)
 def test_converted_weights_fit_the_published_config(kind, arch, native):
     native(kind, arch)  # load_state_dict(strict=True)
 
 
+PIXELS = dict(mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], bgr_to_rgb=False)
+
+
 @pytest.mark.parametrize(('kind', 'arch'), PUBLISHED)
+def test_published_config_changes_what_the_files_need(
+    kind, arch, repo, published_config
+):
+    config = published_config(kind, arch).to_dict()
+    base = Config.fromfile(repo / 'configs' / kind / f'rest_{arch}_fpn_1x.py').to_dict()
+    base['model']['data_preprocessor'].update(PIXELS)
+    if kind == 'retinanet':
+        base['model']['bbox_head']['type'] = 'ClipLastRetinaHead'
+        base['model']['bbox_head']['bbox_coder']['clip_border'] = False
+    for cfg in (config, base):
+        cfg.pop('custom_imports', None)
+    assert config == base
+    (resize,) = (t for t in config['test_pipeline'] if t['type'] == 'Resize')
+    assert resize['backend'] == 'pillow' and resize['scale'] == (1333, 800)
+
+
+@pytest.mark.parametrize(('kind', 'arch'), SMALL_FIRST)
 def test_there_and_back_is_the_identity(kind, arch, published):
     source = published(kind, arch)
-    forth = to_mmdet(source)
-    back = to_detectron2(forth.state_dict)
-    assert forth.detector == back.detector == Detector(kind, arch, 80)
+    converted = to_mmdet(source)
+    back = to_detectron2(converted.state_dict)
+    assert converted.detector == back.detector == Detector(kind, arch, 80)
     assert list(back.state_dict) == list(source)
     assert all(torch.equal(back.state_dict[name], source[name]) for name in source)
 
@@ -47,10 +74,12 @@ def test_stored_constants_and_missing_counters_come_back(kind, published):
     frozen = 'backbone.bottom_up.stem.norm1.num_batches_tracked'
     del source[frozen]  # detectron2's frozen batch norm has none
     source.update(constants(kind))
-    forth = to_mmdet(source)
-    assert forth.added == [frozen]
-    assert int(forth.state_dict['backbone.stem.norm1.num_batches_tracked']) == 0
-    back = to_detectron2(forth.state_dict, forth.added, forth.constants).state_dict
+    converted = to_mmdet(source)
+    assert converted.added == [frozen]
+    assert int(converted.state_dict['backbone.stem.norm1.num_batches_tracked']) == 0
+    back = to_detectron2(
+        converted.state_dict, converted.added, converted.constants
+    ).state_dict
     assert back.keys() == source.keys()
     assert all(torch.equal(back[name], source[name]) for name in source)
 
@@ -80,7 +109,7 @@ def test_anchor_order(width, columns):
     arch=st.sampled_from(['lite', 'small', 'base', 'large']),
     num_classes=st.integers(1, 400),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_recognises_backbone_and_class_count(kind, arch, num_classes):
     detector = Detector(kind, arch, num_classes)
     for form in ('detectron2', 'mmdet'):
