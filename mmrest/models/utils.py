@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
+from ..ops.fast_path import is_exporting
+
 NUM_STAGES = 4
 
 PartCfg = Union[str, dict]
@@ -24,7 +26,26 @@ PartCfg = Union[str, dict]
 def to_map(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Tokens (B, H * W, C) as a map (B, C, H, W)."""
     # sizes, and no unflatten: the legacy ONNX exporter would keep those of its example
-    return x.reshape(x.shape[0], size[0], size[1], x.shape[2]).permute(0, 3, 1, 2)
+    x = x.reshape(x.shape[0], size[0], size[1], x.shape[2]).permute(0, 3, 1, 2)
+    if torch.compiler.is_dynamo_compiling() and not is_exporting():
+        return _channels_last_copy(x)
+    return x
+
+
+# Inductor (PyTorch 2.13) cannot save a view of a size that it does not know for the
+# backward pass of a convolution ("cannot determine truth value of Relational"), so what
+# a convolution takes is no view when it compiles.
+@torch.library.custom_op('mmrest::channels_last_copy', mutates_args=())
+def _channels_last_copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.channels_last)
+
+
+@_channels_last_copy.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+_channels_last_copy.register_autograd(lambda ctx, grad: grad)
 
 
 def to_tokens(x: Tensor) -> Tensor:

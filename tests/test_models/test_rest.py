@@ -56,7 +56,7 @@ def test_builds_from_every_scope(scope):
     assert type(model) is ResT
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(height=st.integers(1, 150), width=st.integers(1, 150))
 def test_any_size_in_evaluation(height, width):
     model = tiny().eval()
@@ -220,26 +220,6 @@ def test_conv_and_batch_norm_fuse():
             torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize('training', [False, True])
-def test_compiles_without_a_break(training):
-    torch._dynamo.reset()
-    model = tiny().train(training)
-    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
-    x = image((2, 3, 64, 64))
-    reference = copy.deepcopy(model)
-    for found, expected in zip(compiled(x), reference(x)):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_exports():
-    model, x = tiny().eval(), image((1, 3, 64, 80))
-    program = torch.export.export(model, (x,))
-    for found, expected in zip(program.module()(x), model(x)):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    traced = torch.jit.trace(model, x)
-    assert 'mmrest::' not in str(traced.inlined_graph)
-
-
 @pytest.mark.parametrize(
     'options, message',
     [
@@ -272,6 +252,9 @@ def test_exports():
         (dict(frozen_stages=5), 'frozen_stages.*found 5'),
         (dict(frozen_stages=-2), 'frozen_stages.*found -2'),
         (dict(frozen_stages=None), 'frozen_stages.*found None'),
+        (dict(norm_cfg=None), r"norm_cfg must be a dict with a 'type'.*found None"),
+        (dict(pretrained=3), 'pretrained must be the path.*found 3'),
+        (dict(pretrained='a.pth', init_cfg=dict(type='x')), 'both given'),
         (dict(out_norm='both'), "'chain' or 'branch', found 'both'"),
         (dict(attn_impl='flash'), "attn_impl must be one of.*'flash'"),
     ],
@@ -287,10 +270,16 @@ def test_bad_images(shape):
         tiny()(torch.zeros(shape))
 
 
-@pytest.mark.parametrize('listed', [False, True])
-@pytest.mark.parametrize('wrapper', [None, 'model', 'state_dict', 'state_dict_ema'])
-@pytest.mark.parametrize('prefix', ['', 'module.', 'backbone.', 'backbone.bottom_up.'])
-def test_init_cfg_reads_every_published_form(tmp_path, wrapper, prefix, listed):
+@pytest.mark.parametrize(
+    'wrapper, prefix, listed',
+    [
+        (None, '', False),
+        ('model', 'module.', True),
+        ('state_dict', 'backbone.', False),
+        ('state_dict_ema', 'backbone.bottom_up.', True),
+    ],
+)
+def test_init_cfg_reads_published_forms(tmp_path, wrapper, prefix, listed):
     source = tiny(out_indices=(3,)).state_dict()
     tensors = {f'{prefix}{key}': tensor for key, tensor in source.items()}
     tensors[f'{prefix}head.weight'] = torch.zeros(10, 32)
@@ -309,3 +298,77 @@ def test_init_cfg_refuses_another_arch(tmp_path):
     model = ResT(TINY, init_cfg=dict(type='Pretrained', checkpoint=str(path)))
     with pytest.raises(ValueError, match=r'stage2\.1'):
         model.init_weights()
+
+
+def test_pretrained_is_an_init_cfg(tmp_path):
+    """mmseg hands its own ``pretrained`` on to the backbone."""
+    path = str(tmp_path / 'rest.pth')
+    source = tiny(out_indices=(3,)).state_dict()
+    torch.save(source, path)
+    with pytest.warns(DeprecationWarning, match='init_cfg=dict'):
+        model = ResT(TINY, pretrained=path)
+    model.init_weights()
+    assert torch.equal(model.stem.conv1.weight, source['stem.conv1.weight'])
+
+
+@pytest.mark.parametrize('norm', ['train', 'norm_eval', 'eval', 'frozen'])
+@pytest.mark.parametrize('attn_impl', ['dense', 'auto'])
+@pytest.mark.parametrize('size', [(64, 96), (45, 83)])
+def test_gradients_of_one_image(size, attn_impl, norm):
+    """Against finite differences: PyTorch 2.13 computes BatchNorm's wrongly on CPUs.
+
+    It does for one image where the gradient comes in a layout in which the image's
+    stride is not H * W * C.
+    """
+    model = tiny(
+        attn_impl=attn_impl,
+        out_indices=(0, 1),
+        norm_eval=norm == 'norm_eval',
+        frozen_stages=0 if norm == 'frozen' else -1,
+    )
+    model = model.double().train(norm != 'eval')
+    x = image((1, 3, *size)).double().requires_grad_()
+    weights = [image(out.shape, 9).double() for out in model(x)]
+
+    def loss(x):
+        return sum((out * w).sum() for out, w in zip(model(x), weights))
+
+    direction = image(x.shape, 5).double()
+    leaves = [x, model.patch_embed_2.conv.weight]
+    grad_x, grad_weight = torch.autograd.grad(loss(x), leaves)
+    step = 1e-5
+    with torch.no_grad():
+        slope = (loss(x + step * direction) - loss(x - step * direction)) / (2 * step)
+        found = (grad_x * direction).sum()
+        assert abs(found - slope) <= 1e-5 * max(abs(slope), 1.0)
+        weight, direction = leaves[1], image(grad_weight.shape, 6).double()
+        losses = []
+        for sign in (1, -1):
+            weight.add_(direction, alpha=sign * step)
+            losses.append(loss(x))
+            weight.sub_(direction, alpha=sign * step)
+        slope = (losses[0] - losses[1]) / (2 * step)
+        found = (grad_weight * direction).sum()
+        assert abs(found - slope) <= 1e-5 * max(abs(slope), 1.0)
+
+
+@pytest.mark.parametrize('with_cp', [False, True])
+def test_gradients_have_the_strides_of_their_parameters(with_cp):
+    """DistributedDataParallel copies others, and warns of it."""
+    model = tiny(with_cp=with_cp)
+    sum(out.sum() for out in model(image((2, 3, 64, 64)))).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.stride() == parameter.stride(), name
+
+
+def test_meta_device():
+    with torch.device('meta'):
+        model = ResT(TINY)
+    outs = model(torch.empty(1, 3, 50, 64, device='meta'))
+    assert [tuple(out.shape) for out in outs] == [
+        (1, 8, 13, 16), (1, 16, 7, 8), (1, 24, 4, 4), (1, 32, 2, 2)
+    ]  # fmt: skip
+
+
+def test_cam_tools_find_no_extra_tokens():
+    assert ResT.num_extra_tokens == 0
