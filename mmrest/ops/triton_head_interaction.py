@@ -39,7 +39,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from .tiling import choose_tile
+from .tiled import choose_tile
 
 try:
     import triton
