@@ -12,7 +12,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
-from .loading import adapt, compare, describe_defects, tensors_of
+from .loading import adapt, compare, describe_defects, explain, tensors_of
 from .reading import CheckpointError
 from .state_dict import find_state_dict, shared_prefix
 
@@ -87,17 +87,21 @@ def load_published_classifier(
         for name, value in own.items()
         if name.startswith('backbone.') and isinstance(value, Tensor)
     }
-    found = compare(
-        adapt(backbone, part), tensors_of(backbone), allow_missing, allow_unexpected
-    )
+    part, target = adapt(backbone, part), tensors_of(backbone)
+    found = compare(part, target, allow_missing, allow_unexpected)
     if renamed:
         problems = [*found.problems, *describe_defects(found.fitting)]
+        if 'norm.weight' not in target:
+            problems.append(
+                'The norm before the classification layer has no place in it; with '
+                "ResTV2 set out_norm='final', and let out_indices hold stage 4."
+            )
     else:  # MMEngine and torch report a part that is missing, which may be meant
         problems = found.problems if found.reshaped else []
     if problems:
         raise CheckpointError(
             f'the checkpoint does not fit the backbone {type(backbone).__name__}. '
-            + ' '.join(problems)
+            + ' '.join([*explain(backbone, part), *problems])
             + ' If most shapes or many numbered blocks differ, it belongs to another '
             '`arch`.'
         )

@@ -19,13 +19,15 @@ from torch import Tensor, nn
 
 from ..utils.text import shorten
 from .classifier import PublishedClassifierHook
-from .loading import COUNTER, adapt, compare, describe_defects, tensors_of
+from .loading import COUNTER, adapt, compare, describe_defects, explain, tensors_of
 from .reading import CheckpointError, RefusedError, Source, read_checkpoint
 from .resume import Latest, on_first_process
 from .state_dict import as_mmengine_reads
 
-# of a detector whose backbone comes from a classifier
-NEW_IN_BACKBONE = ('backbone.norm1', 'backbone.norm2', 'backbone.norm3')
+# of a detector whose backbone comes from a classifier: what ResT and ResTV2 have new,
+# and what the latter does not take over
+NEW_IN_BACKBONE = ('backbone.norm[123]', 'backbone.norm_[1234]')
+UNUSED_IN_BACKBONE = ('backbone.norm',)
 
 _BACKBONE_ADVICE = (
     "name it in the config: model.backbone.init_cfg=dict(type='Pretrained', "
@@ -55,7 +57,7 @@ def check_load_from(
             those of the model. False for fine-tuning: heads may differ, which
             is logged, but ``backbone`` must fit. Default: True.
         allow_missing (Sequence[str]): What the file may lack of the backbone if
-            ``exact`` is False. Default: its norms of stages 1 to 3.
+            ``exact`` is False. Default: the norms of its outputs.
         hooks (Sequence[Hook]): The Runner's hooks, of which
             ``PublishedClassifierHook`` changes what is read. Default: ().
 
@@ -121,11 +123,13 @@ def _judge(
                 logger='current',
                 level=logging.WARNING,
             )
-        found = compare(_backbone(tensors), _backbone(target), new_in_backbone)
+        found = compare(
+            _backbone(tensors), _backbone(target), new_in_backbone, UNUSED_IN_BACKBONE
+        )
     if found.problems or defects:
         raise CheckpointError(
             f'{source} does not fit {what}. '
-            + ' '.join([*found.problems, *defects])
+            + ' '.join([*explain(model, tensors), *found.problems, *defects])
             + ' Use the config that the checkpoint was trained with.'
         )
 
@@ -173,6 +177,7 @@ def check_parent_init(
         )
     problems = [*found.problems, *describe_defects(found.fitting)]
     if problems:
+        problems = [*explain(backbone, tensors), *problems]
         raise CheckpointError(
             f'the checkpoint that an init_cfg (or pretrained) of the model names does '
             f'not fit its {name}. {" ".join(problems)}'

@@ -153,6 +153,7 @@ def load_pretrained(
     if not problems:
         converted, problems = _convert(fitting, target)
     if problems:
+        problems = [*explain(module, inside), *problems]
         kinds = [
             f'{name} is a {kind}'
             for name, kind in found.others.items()
@@ -270,6 +271,28 @@ def adapt(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if hasattr(part, 'adapt_state_dict'):
             part.adapt_state_dict(tensors, f'{name}.' if name else '')
     return tensors
+
+
+def explain(module: nn.Module, names: Iterable[str]) -> list[str]:
+    """Ask a module, and its submodules, what tensors that do not fit may be of.
+
+    A submodule with a method ``explain_names(names)`` gives a sentence, or an empty
+    text if it knows nothing, as a backbone does for another generation of it.
+
+    Args:
+        module (nn.Module): Was to take the tensors.
+        names (Iterable[str]): Their names, as ``module`` would have them.
+
+    Returns:
+        list[str]: Sentences.
+    """
+    names, sentences = list(names), []
+    for name, part in module.named_modules():
+        if hasattr(part, 'explain_names'):
+            start = f'{name}.' if name else ''
+            inside = [n[len(start) :] for n in names if n.startswith(start)]
+            sentences.append(part.explain_names(inside))
+    return [sentence for sentence in sentences if sentence]
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,12 @@ ARCHS: dict[str, Arch] = {
     'large': Arch((96, 192, 384, 768), (1, 2, 4, 8), (2, 2, 18, 2), (8, 4, 2, 1)),
 }
 
+# Registered names of the generations, and what tells their checkpoints apart.
+GENERATIONS = {
+    'ResT': ('patch_embed_2.', 'stem.conv1.'),
+    'ResTV2': ('patch_2.', 'stem.proj.0.'),
+}
+
 
 # ---------------------------------------------------------------- entries of the stages
 
@@ -300,6 +306,7 @@ class BaseResT(BaseModule):
     The other arguments are those of :class:`ResT`.
     """
 
+    generation: str
     entry_names: tuple[str, ...]
     # no class token or the like, for the CAM tools of mmpretrain
     num_extra_tokens = 0
@@ -465,6 +472,17 @@ class BaseResT(BaseModule):
                 return sum(depths[:i]) + int(name.split('.')[1]) + 1, num_layers
         return num_layers - 1, num_layers
 
+    def explain_names(self, names: Sequence[str]) -> str:
+        """Say so if the names in a checkpoint are those of another generation."""
+        for kind, starts in GENERATIONS.items():
+            if kind != self.generation and any(n.startswith(starts) for n in names):
+                return (
+                    f'The file is of {kind}, and the model is a {self.generation}: '
+                    f"set type='{kind}' and one of its archs, or take a file of "
+                    f'{self.generation}.'
+                )
+        return ''
+
     def names_not_in_checkpoints(self) -> tuple[str, ...]:
         """Modules that ImageNet checkpoints do not hold."""
         raise NotImplementedError
@@ -544,6 +562,7 @@ class ResT(BaseResT):
         [(1, 64, 63, 84), (1, 128, 32, 42), (1, 256, 16, 21), (1, 512, 8, 11)]
     """
 
+    generation = 'ResT'
     entry_names = ('stem', 'patch_embed_2', 'patch_embed_3', 'patch_embed_4')
     # the classifier's final norm serves stage 4
     out_norm_names = ('norm1', 'norm2', 'norm3', 'norm')

@@ -9,7 +9,7 @@ The parameters have the names of the published ImageNet checkpoints.
 """
 
 from collections.abc import Sequence
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 from mmcv.cnn import build_norm_layer
@@ -239,6 +239,7 @@ class ResTV2(BaseResT):
         [(1, 96, 63, 84), (1, 192, 32, 42), (1, 384, 16, 21), (1, 768, 8, 11)]
     """
 
+    generation = 'ResTV2'
     entry_names = ('stem', 'patch_2', 'patch_3', 'patch_4')
 
     def __init__(
@@ -327,6 +328,20 @@ class ResTV2(BaseResT):
                 # contiguous: mmcv's RoIAlign reads channels_last maps of a CPU wrongly
                 outs.append(out.contiguous())
         return tuple(outs)
+
+    def adapt_state_dict(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Rename the norms of a published detector, ``norm_1.0.weight`` and so on."""
+        for i in range(1, NUM_STAGES + 1):
+            for end in ('weight', 'bias'):
+                name = f'{prefix}norm_{i}.0.{end}'
+                if name in state_dict:
+                    state_dict[f'{prefix}norm_{i}.{end}'] = state_dict.pop(name)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
+        self.adapt_state_dict(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def names_not_in_checkpoints(self) -> tuple[str, ...]:
         names = (self.out_norm_names[i] for i in self.out_indices)
