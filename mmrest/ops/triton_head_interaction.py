@@ -7,8 +7,8 @@ rows of all h heads, which is all that mixing, softmax and statistics need. As i
 a time, and no map is stored.
 
 Forward, for a tile: ``S = s q k^T``, then the kernel replaces S by
-``C = M p - 1``, where ``p = softmax(W S)``, and writes the logarithm of the
-softmax's denominator and the sum of C^2 of each row. Then ``out = (r / M) C v``.
+``C = M p - 1``, where ``p = softmax(W S)``, and writes what the softmax needs again
+and the sum of C^2, for each row and head. Then ``out = (r / M) C v``.
 The entries of C are of order 1 where the attention is flat, so that half precision
 resolves them; those of ``p - 1/M`` would not be.
 
@@ -157,12 +157,12 @@ def _mix(weight, maps, i: tl.constexpr, HEADS: tl.constexpr):
 
 
 @_jit
-def _load_maps(pointers, step, mask, HEADS: tl.constexpr):
+def _load_maps(maps_at, step, block, mask, HEADS: tl.constexpr):
     """The blocks of all heads, in float32; 0 outside the mask."""
     maps = ()
     for j in tl.static_range(HEADS):
-        block = tl.load(pointers + j * step, mask=mask, other=0.0)
-        maps = maps + (block.to(tl.float32),)
+        values = tl.load(maps_at + j * step + block, mask=mask, other=0.0)
+        maps = maps + (values.to(tl.float32),)
     return maps
 
 
@@ -176,8 +176,7 @@ def _fold(block, LANE: tl.constexpr):
 def forward_kernel(
     scores,
     weight,
-    log_sums,
-    square_sums,
+    statistics,
     rows,
     num_keys,
     row_stride,
@@ -186,15 +185,19 @@ def forward_kernel(
     ROWS: tl.constexpr,
     LANE: tl.constexpr,
 ):
-    """Replace S by C; write the log2 of the denominators and the sums of C^2."""
+    """Replace S by C; write each row's statistics, of shape (3, HEADS).
+
+    The maximum of W S, the inverse of the softmax's denominator, and what the row
+    adds to M times the variance of the map.
+    """
     KEYS: tl.constexpr = 32 * LANE
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     image = tl.program_id(1).to(tl.int64)
     inside = row < rows
-    step = rows.to(tl.int64) * row_stride
     column = tl.arange(0, KEYS)
-    block = scores + image * HEADS * step + row[:, None].to(tl.int64) * row_stride
-    block = block + column[None, :]
+    block = tl.arange(0, ROWS)[:, None] * row_stride + column[None, :]
+    step = rows.to(tl.int64) * row_stride
+    scores += image * HEADS * step + tl.program_id(0).to(tl.int64) * ROWS * row_stride
 
     top = ()
     total = ()
@@ -204,7 +207,7 @@ def forward_kernel(
     for first in range(0, num_keys, KEYS):
         valid = column[None, :] < num_keys - first
         mask = inside[:, None] & (column[None, :] < row_stride - first)
-        maps = _load_maps(block + first, step, mask, HEADS)
+        maps = _load_maps(scores + first, step, block, mask, HEADS)
         new_top = ()
         new_total = ()
         for i in tl.static_range(HEADS):
@@ -217,37 +220,37 @@ def forward_kernel(
         top = new_top
         total = new_total
 
-    log_sum = ()
+    inverse = ()
     squares = ()
     for i in tl.static_range(HEADS):
-        log_sum = log_sum + (top[i] + tl.log2(tl.sum(total[i], axis=1)),)
+        inverse = inverse + (1.0 / tl.sum(total[i], axis=1),)
         squares = squares + (tl.zeros((ROWS, 32), tl.float32),)
     # every thread has read what another may now overwrite
     tl.debug_barrier()
     for first in range(0, num_keys, KEYS):
         valid = column[None, :] < num_keys - first
         mask = inside[:, None] & (column[None, :] < row_stride - first)
-        maps = _load_maps(block + first, step, mask, HEADS)
+        maps = _load_maps(scores + first, step, block, mask, HEADS)
         new_squares = ()
         for i in tl.static_range(HEADS):
-            x = _mix(weight, maps, i, HEADS) - log_sum[i][:, None]
-            centred = tl.where(valid, tl.exp2(x) * num_keys - 1.0, 0.0)
-            pointers = block + first + i * step
+            x = _mix(weight, maps, i, HEADS) - top[i][:, None]
+            factor = inverse[i][:, None] * num_keys
+            centred = tl.where(valid, tl.exp2(x) * factor - 1.0, 0.0)
+            pointers = scores + first + i * step + block
             tl.store(pointers, centred.to(scores.dtype.element_ty), mask=mask)
             part = _fold(centred * centred, LANE)
             new_squares = new_squares + (squares[i] + part,)
         squares = new_squares
-    # one store for all heads: thread i of a row writes the number of head i
-    head = tl.arange(0, 32)[None, :]
-    log_sum_of = tl.zeros((ROWS, 32), tl.float32)
-    squares_of = tl.zeros((ROWS, 32), tl.float32)
+    # one store for all: each thread of a row writes one number
+    index = tl.arange(0, 32)[None, :]
+    value = tl.zeros((ROWS, 32), tl.float32)
     for i in tl.static_range(HEADS):
-        log_sum_of = tl.where(head == i, log_sum[i][:, None], log_sum_of)
-        squares_of = tl.where(head == i, tl.sum(squares[i], 1)[:, None], squares_of)
-    out = (image * num_queries + row[:, None]) * HEADS + head
-    mask = inside[:, None] & (head < HEADS)
-    tl.store(log_sums + out, log_sum_of, mask=mask)
-    tl.store(square_sums + out, squares_of, mask=mask)
+        variance = tl.sum(squares[i], 1) / num_queries / num_keys / num_keys
+        value = tl.where(index == i, top[i][:, None], value)
+        value = tl.where(index == HEADS + i, inverse[i][:, None], value)
+        value = tl.where(index == 2 * HEADS + i, variance[:, None], value)
+    out = statistics + (image * num_queries + row[:, None]) * (3 * HEADS) + index
+    tl.store(out, value, mask=inside[:, None] & (index < 3 * HEADS))
 
 
 @_jit
@@ -255,8 +258,8 @@ def backward_kernel(
     scores,
     grads,
     weight,
-    log_sums,
-    rstd,
+    statistics,
+    gain,
     grad_dot_out,
     grad_weight,
     rows,
@@ -272,40 +275,41 @@ def backward_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     image = tl.program_id(1).to(tl.int64)
     inside = row < rows
-    step = rows.to(tl.int64) * row_stride
     column = tl.arange(0, KEYS)
-    place = image * HEADS * step + row[:, None].to(tl.int64) * row_stride
-    place = place + column[None, :]
-    statistic = (image * num_queries + row) * HEADS
+    block = tl.arange(0, ROWS)[:, None] * row_stride + column[None, :]
+    step = rows.to(tl.int64) * row_stride
+    place = image * HEADS * step + tl.program_id(0).to(tl.int64) * ROWS * row_stride
+    scores += place
+    grads += place
+    own = statistics + (image * num_queries + row) * (3 * HEADS)
 
-    log_sum = ()
+    top = ()
+    inverse = ()
     r = ()
     c = ()
     grad_mean = ()
     square_sum = ()
     for i in tl.static_range(HEADS):
-        pointers = log_sums + statistic + i
-        # infinite beyond the last row: p is 0 there
-        log_sum = log_sum + (tl.load(pointers, mask=inside, other=float('inf')),)
-        # ln 2 makes up for the log2(e) in the weights that give dS
-        r_i = tl.load(rstd + image * HEADS + i)
+        top = top + (tl.load(own + i, mask=inside, other=0.0),)
+        inverse = inverse + (tl.load(own + HEADS + i, mask=inside, other=0.0),)
+        gain_i = tl.load(gain + image * HEADS + i)
         flow = tl.load(grad_dot_out + image * HEADS + i)
-        c_i = -r_i * r_i * flow / num_queries / num_keys
-        r = r + (r_i * 0.6931471805599453,)
-        c = c + (c_i * 0.6931471805599453,)
+        # ln 2 makes up for the log2(e) in the weights that give dS
+        r = r + (gain_i * tl.sqrt(num_keys.to(tl.float32)) * 0.6931471805599453,)
+        c = c + (-gain_i * gain_i * flow / num_queries * 0.6931471805599453,)
         grad_mean = grad_mean + (tl.zeros((ROWS, 32), tl.float32),)
         square_sum = square_sum + (tl.zeros((ROWS, 32), tl.float32),)
 
     for first in range(0, num_keys, KEYS):
         valid = column[None, :] < num_keys - first
         mask = inside[:, None] & (column[None, :] < row_stride - first)
-        maps = _load_maps(scores + place + first, step, mask, HEADS)
+        maps = _load_maps(scores + first, step, block, mask, HEADS)
         new_mean = ()
         new_square = ()
         for i in tl.static_range(HEADS):
-            x = _mix(weight, maps, i, HEADS) - log_sum[i][:, None]
-            p = tl.where(valid, tl.exp2(x), 0.0)
-            t = tl.load(grads + place + first + i * step, mask=mask, other=0.0)
+            x = _mix(weight, maps, i, HEADS) - top[i][:, None]
+            p = tl.where(valid, tl.exp2(x), 0.0) * inverse[i][:, None]
+            t = tl.load(grads + first + i * step + block, mask=mask, other=0.0)
             part = _fold(p * t.to(tl.float32), LANE)
             new_mean = new_mean + (grad_mean[i] + part,)
             new_square = new_square + (square_sum[i] + _fold(p * p, LANE),)
@@ -324,18 +328,18 @@ def backward_kernel(
     for first in range(0, num_keys, KEYS):
         valid = column[None, :] < num_keys - first
         mask = inside[:, None] & (column[None, :] < row_stride - first)
-        maps = _load_maps(scores + place + first, step, mask, HEADS)
+        maps = _load_maps(scores + first, step, block, mask, HEADS)
         grad_maps = ()
         for _ in tl.static_range(HEADS):
             grad_maps = grad_maps + (tl.zeros((ROWS, KEYS), tl.float32),)
         new_sums = ()
         for i in tl.static_range(HEADS):
-            x = _mix(weight, maps, i, HEADS) - log_sum[i][:, None]
-            p = tl.where(valid, tl.exp2(x), 0.0)
-            t = tl.load(grads + place + first + i * step, mask=mask, other=0.0)
+            x = _mix(weight, maps, i, HEADS) - top[i][:, None]
+            p = tl.where(valid, tl.exp2(x), 0.0) * inverse[i][:, None]
+            t = tl.load(grads + first + i * step + block, mask=mask, other=0.0)
             grad = p * (r[i] * t.to(tl.float32) + c[i] * p - delta[i][:, None])
             centred = (p * num_keys - 1.0).to(scores.dtype.element_ty)
-            tl.store(scores + place + first + i * step, centred, mask=mask)
+            tl.store(scores + first + i * step + block, centred, mask=mask)
             new_maps = ()
             for j in tl.static_range(HEADS):
                 part = _fold(grad * maps[j], LANE)
@@ -346,7 +350,7 @@ def backward_kernel(
         weight_sums = new_sums
         for j in tl.static_range(HEADS):
             tl.store(
-                grads + place + first + j * step,
+                grads + first + j * step + block,
                 grad_maps[j].to(grads.dtype.element_ty),
                 mask=mask,
             )
@@ -456,13 +460,12 @@ def _attend(
     eps: float,
     tile_rows: Optional[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, the log2 of the denominators (B, N, h), and r (B, h, 1, 1)."""
+    """The output, the statistics (B, N, 3, h), and r / sqrt(M) (B, h, 1, 1)."""
     batch, heads, num_queries, dim = q.shape
     num_keys = k.shape[2]
     out = q.new_empty(batch, num_queries, heads, dim).transpose(1, 2)
-    log_sums = q.new_empty(batch, num_queries, heads, dtype=torch.float32)
-    square_sums = torch.empty_like(log_sums)
-    mix = weight.float() * math.log2(math.e)
+    statistics = q.new_empty(batch, num_queries, 3, heads, dtype=torch.float32)
+    mix = weight.contiguous().float() * math.log2(math.e)
     tile = choose_tile(q, num_keys, tile_rows)
     work = _Work(q, num_keys, tile, count=1)
 
@@ -473,7 +476,7 @@ def _attend(
         maps = work.tile(0, count * heads, length)
         _multiply(q_tile.flatten(0, 1), k_tile.mT, out=maps, factor=scale)
         forward_kernel[(triton.cdiv(length, ROWS), count)](
-            maps, mix, log_sums[images, rows], square_sums[images, rows],
+            maps, mix, statistics[images, rows],
             length, num_keys, work.row_stride, num_queries,
             HEADS=heads, ROWS=ROWS, LANE=choose_lane(heads, q.element_size()),
             num_warps=ROWS,
@@ -482,10 +485,8 @@ def _attend(
         _multiply(maps, v_tile, out=product, factor=num_keys**-0.5)
         out[images, :, rows] = product.unflatten(0, (count, heads))
 
-    size = max(1, num_queries) * num_keys**3
-    variance = square_sums.sum(1)[..., None, None] * (1.0 / size)
-    rstd = (variance + eps).rsqrt()
-    return out.mul_(rstd * num_keys**-0.5), log_sums, rstd
+    gain = statistics[:, :, 2].sum(1).add_(eps * num_keys).rsqrt_()[..., None, None]
+    return out.mul_(gain), statistics, gain
 
 
 def _differentiate(
@@ -495,15 +496,15 @@ def _differentiate(
     v: Tensor,
     weight: Tensor,
     out: Tensor,
-    log_sums: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
+    gain: Tensor,
     scale: float,
     tile_rows: Optional[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and weight, from tiles that are computed again."""
     batch, heads, num_queries, dim = q.shape
     num_keys = k.shape[2]
-    mix = weight.float() * math.log2(math.e)
+    mix = weight.contiguous().float() * math.log2(math.e)
     grad_dot_out = _dot(grad, out)
     tile = choose_tile(q, num_keys, tile_rows)
     work = _Work(q, num_keys, tile, count=2)
@@ -525,7 +526,7 @@ def _differentiate(
         grid = (triton.cdiv(length, ROWS), count)
         share = q.new_empty(count * length, heads, heads, dtype=torch.float32)
         backward_kernel[grid](
-            maps, grad_maps, mix, log_sums[images, rows], rstd[images],
+            maps, grad_maps, mix, statistics[images, rows], gain[images],
             grad_dot_out[images], share,
             length, num_keys, work.row_stride, num_queries,
             HEADS=heads, ROWS=ROWS, LANE=choose_lane(heads, q.element_size()),
@@ -539,8 +540,11 @@ def _differentiate(
         _accumulate(grad_k[images], grad_maps, q_tile, scale, first)
         _accumulate(grad_v[images], maps, grad_tile, num_keys**-0.5, first)
 
-    grad_v.mul_(rstd * num_keys**-0.5)
-    grad_weight = torch.stack(shares).sum(0) if shares else torch.zeros_like(mix)
+    grad_v.mul_(gain)
+    if len(shares) == 1:
+        grad_weight = shares[0]
+    else:
+        grad_weight = torch.stack([torch.zeros_like(mix), *shares]).sum(0)
     return grad_q, grad_k.to(q.dtype), grad_v.to(q.dtype), grad_weight.to(weight.dtype)
 
 
@@ -558,10 +562,14 @@ def _accumulate(
     parts = math.gcd(length, 2 ** int(math.log2(wanted)))
     maps = maps.unflatten(1, (parts, -1)).flatten(0, 1)
     tokens = tokens.unflatten(1, (parts, -1)).flatten(0, 1)
+    if parts == 1 and total.dtype == tokens.dtype:
+        beta = 0.0 if first else 1.0
+        total.flatten(0, 1).baddbmm_(maps.mT, tokens, beta=beta, alpha=factor)
+        return
     product = tokens.new_empty(count * parts, num_keys, tokens.shape[-1])
     _multiply(maps.mT, tokens, out=product, factor=factor)
     product = product.unflatten(0, (*total.shape[:2], parts))
-    product = product.sum(2, dtype=torch.float32) if parts > 1 else product[:, :, 0]
+    product = product.sum(2, dtype=torch.float32)
     if first:
         total.copy_(product)
     else:
@@ -630,14 +638,14 @@ def _backward_op(
     v: Tensor,
     weight: Tensor,
     out: Tensor,
-    log_sums: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
+    gain: Tensor,
     scale: float,
     tile_rows: Optional[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with _On(q):
         return _differentiate(
-            grad, q, k, v, weight, out, log_sums, rstd, scale, tile_rows
+            grad, q, k, v, weight, out, statistics, gain, scale, tile_rows
         )
 
 
@@ -645,12 +653,12 @@ def _backward_op(
 def _(q, k, v, weight, bias, scale, eps, tile_rows):
     batch, heads, num_queries, dim = q.shape
     out = q.new_empty(batch, num_queries, heads, dim).transpose(1, 2)
-    log_sums = q.new_empty(batch, num_queries, heads, dtype=torch.float32)
-    return out, log_sums, q.new_empty(batch, heads, 1, 1, dtype=torch.float32)
+    statistics = q.new_empty(batch, num_queries, 3, heads, dtype=torch.float32)
+    return out, statistics, q.new_empty(batch, heads, 1, 1, dtype=torch.float32)
 
 
 @_backward_op.register_fake
-def _(grad, q, k, v, weight, out, log_sums, rstd, scale, tile_rows):
+def _(grad, q, k, v, weight, out, statistics, gain, scale, tile_rows):
     batch, heads, num_queries, dim = q.shape
     grad_q = q.new_empty(batch, num_queries, heads, dim).transpose(1, 2)
     return (
@@ -663,16 +671,16 @@ def _(grad, q, k, v, weight, out, log_sums, rstd, scale, tile_rows):
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     q, k, v, weight, bias, scale, _, tile_rows = inputs
-    out, log_sums, rstd = output
-    ctx.save_for_backward(q, k, v, weight, bias, out, log_sums, rstd)
+    out, statistics, gain = output
+    ctx.save_for_backward(q, k, v, weight, bias, out, statistics, gain)
     ctx.scale, ctx.tile_rows = scale, tile_rows
-    ctx.mark_non_differentiable(log_sums, rstd)
+    ctx.mark_non_differentiable(statistics, gain)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Optional[Tensor], ...]:
-    q, k, v, weight, bias, out, log_sums, rstd = ctx.saved_tensors
+    q, k, v, weight, bias, out, statistics, gain = ctx.saved_tensors
     grads = _backward_op(
-        grad, q, k, v, weight, out, log_sums, rstd, ctx.scale, ctx.tile_rows
+        grad, q, k, v, weight, out, statistics, gain, ctx.scale, ctx.tile_rows
     )
     # exactly 0, and not None: the parameter takes part in the computation, so
     # DistributedDataParallel must not find it unused
