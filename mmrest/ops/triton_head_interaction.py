@@ -32,14 +32,13 @@ Every sum has a fixed order: results are the same in every run.
 """
 
 import math
-from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-from .tiled import choose_tile
+from .tiled import Tile, _spans, choose_tile
 
 try:
     import triton
@@ -413,25 +412,10 @@ def choose_lane(heads: int, itemsize: int) -> int:
 # ---------------------------------------------------------------------------------
 
 
-class _Span(NamedTuple):
-    """One tile: images and query rows."""
-
-    images: slice
-    rows: slice
-
-
-def _spans(batch: int, num_queries: int, images: int, rows: int) -> Iterator[_Span]:
-    for b in range(0, batch, images):
-        for n in range(0, num_queries, rows):
-            yield _Span(
-                slice(b, min(b + images, batch)), slice(n, min(n + rows, num_queries))
-            )
-
-
 class _Work:
     """Score tiles with aligned rows, taken once and used for every tile of a pass."""
 
-    def __init__(self, q: Tensor, num_keys: int, tile: Any, count: int) -> None:
+    def __init__(self, q: Tensor, num_keys: int, tile: Tile, count: int) -> None:
         self.num_keys = num_keys
         self.row_stride = -(-num_keys // ROW_ALIGNMENT) * ROW_ALIGNMENT
         length = min(tile.images, q.shape[0]) * q.shape[1]
@@ -469,7 +453,7 @@ def _attend(
     tile = choose_tile(q, num_keys, tile_rows)
     work = _Work(q, num_keys, tile, count=1)
 
-    for images, rows in _spans(batch, num_queries, *tile):
+    for images, rows, _ in _spans(batch, num_queries, tile):
         q_tile = q[images, :, rows]
         count, _, length, _ = q_tile.shape
         k_tile, v_tile = k[images].flatten(0, 1), v[images].flatten(0, 1)
@@ -515,7 +499,7 @@ def _differentiate(
     grad_v = torch.empty_like(grad_k)
     shares = []
 
-    for images, rows in _spans(batch, num_queries, *tile):
+    for images, rows, _ in _spans(batch, num_queries, tile):
         q_tile = q[images, :, rows]
         count, _, length, _ = q_tile.shape
         k_tile, v_tile = k[images].flatten(0, 1), v[images].flatten(0, 1)
