@@ -65,8 +65,7 @@ def check_load_from(
         CheckpointError: If the file cannot be read safely, or MMEngine would
             load nothing or less than is meant.
     """
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
+    model = _unwrapped(model)
     target = tensors_of(model)  # of a sharded model this takes all processes
 
     def check() -> None:
@@ -97,6 +96,12 @@ def check_load_from(
         check()  # to download it takes all processes
     else:
         on_first_process(check)
+
+
+def _unwrapped(model: Any) -> nn.Module:
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
 
 
 def _judge(

@@ -73,9 +73,8 @@ def native(published, published_config):
 
     from mmrest.converters import to_mmdet
 
-    register_all_modules(init_default_scope=True)
-
     def build(kind, arch):
+        register_all_modules(init_default_scope=True)  # a tool's run forgets it
         model = MODELS.build(published_config(kind, arch).model)
         weights = to_mmdet(published(kind, arch)).state_dict
         model.load_state_dict(weights, strict=True)
