@@ -37,6 +37,7 @@ from .checkpoint import (
 )
 from .checkpoint.resume import Latest
 from .config import SCOPE, find_config
+from .datasets import fill_coco_fields
 from .datasets.preflight import PreflightError, check_config, log_report
 from .hooks import LabelRangeError, NonFiniteError
 from .optim.amp import DTYPES, AmpError
@@ -151,6 +152,7 @@ def load_config(name: str, cfg_options: Optional[dict] = None) -> Config:
     """
     # mmengine loads some addresses, and its OneDL twin some files, unsafely
     force_safe_loading()
+    fill_coco_fields()
     cfg = _read(name)
     check_toolbox(cfg, name)
     if cfg_options:

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
+from mmengine.runner import CheckpointLoader
 from mmengine.utils import ManagerMixin
 from tool_process import command_of, environment_of
 
@@ -26,28 +28,40 @@ def forget_runs(kind=ManagerMixin):
         forget_runs(subclass)
 
 
-def call_tool(repo, tool, *args, cwd, fails=False):
-    """Run a tool within this process; the output of both streams comes back."""
-    output = io.StringIO()
-    folder, argv = os.getcwd(), sys.argv
+@contextlib.contextmanager
+def own_process():
+    """Undo at the end what a tool changes in its process."""
+    from pycocotools.coco import COCO  # not in every environment of the tests
+
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    status = None
+    loaders = dict(CheckpointLoader._schemes)
+    folder, create_index = os.getcwd(), COCO.createIndex
     forget_runs()
     try:
-        os.chdir(cwd)
-        sys.argv = [tool, *map(str, args)]
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            runpy.run_path(str(repo / 'tools' / tool), run_name='__main__')
-    except SystemExit as stop:
-        status = stop.code
-        if isinstance(status, str):
-            print(status, file=output)
+        with mock.patch.dict(os.environ), mock.patch.object(sys, 'argv'):
+            yield
     finally:
         forget_runs()
         os.chdir(folder)
-        sys.argv = argv
+        COCO.createIndex = create_index
+        CheckpointLoader._schemes = loaders
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def call_tool(repo, tool, *args, cwd, fails=False):
+    """Run a tool within this process; the output of both streams comes back."""
+    output, status = io.StringIO(), None
+    redirect = contextlib.redirect_stdout(output), contextlib.redirect_stderr(output)
+    with own_process(), redirect[0], redirect[1]:
+        os.chdir(cwd)
+        sys.argv = [tool, *map(str, args)]
+        try:
+            runpy.run_path(str(repo / 'tools' / tool), run_name='__main__')
+        except SystemExit as stop:
+            status = stop.code
+            if isinstance(status, str):
+                print(status)
     assert bool(status) is fails, output.getvalue()[-6000:]
     return output.getvalue()
 

@@ -1,6 +1,8 @@
-"""How lists appear in messages."""
+"""Lists in messages, and generated sections of Markdown files."""
 
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Union
 
 
 def shorten(items: Iterable, limit: int = 8) -> str:
@@ -17,3 +19,40 @@ def shorten(items: Iterable, limit: int = 8) -> str:
     text = ', '.join(items[:limit])
     rest = len(items) - limit
     return f'{text} and {rest} more' if rest > 0 else text
+
+
+def split_at_section(file: Union[str, Path], name: str) -> tuple[str, str]:
+    """Find a section of a file that is generated.
+
+    Args:
+        file (str | Path): The file.
+        name (str): The name in ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.
+
+    Returns:
+        tuple[str, str]: What comes before the content, and what after it, with the
+        marks.
+
+    Raises:
+        ValueError: If the file does not have both marks once.
+    """
+    begin, end = f'<!-- {name}:begin -->\n', f'<!-- {name}:end -->'
+    text = Path(file).read_text(encoding='utf-8')
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f'{file} needs {begin.rstrip()} and {end} once')
+    head, rest = text.split(begin)
+    return head + begin, end + rest.split(end)[1]
+
+
+def replace_section(file: Union[str, Path], name: str, content: str) -> None:
+    """Rewrite a file with another content of a section.
+
+    Args:
+        file (str | Path): The file.
+        name (str): As for :func:`split_at_section`.
+        content (str): The new content, without a line break at the end.
+
+    Raises:
+        ValueError: As :func:`split_at_section`.
+    """
+    head, tail = split_at_section(file, name)
+    Path(file).write_text(f'{head}{content}\n{tail}', encoding='utf-8')

@@ -73,7 +73,14 @@ def test_parameter_count_is_the_published_one(read, name):
     assert sum(p.numel() for p in model.parameters()) == PUBLISHED_COUNTS[name]
 
 
-@pytest.mark.parametrize('name', [name for name in NAMES if '1x' in name])
+@pytest.mark.parametrize(
+    'name',
+    [
+        pytest.param(name, marks=() if 'lite' in name else pytest.mark.slow)
+        for name in NAMES
+        if '1x' in name
+    ],
+)
 def test_one_training_step_reaches_every_parameter(read, name):
     cfg = read(name)
     cfg.model.backbone.drop_path_rate = 0.0  # a dropped path has no gradient

@@ -32,7 +32,14 @@ def models(index):
     return [m for m in index if not m['Name'].startswith('imagenet_')]
 
 
-@pytest.mark.parametrize('arch', list(CLASSIFIERS))
+@pytest.mark.parametrize(
+    'arch',
+    [
+        'lite',
+        'base',
+        *(pytest.param(a, marks=pytest.mark.slow) for a in ('small', 'large')),
+    ],
+)
 def test_classifiers(arch, index, repo):
     (model,) = (m for m in index if m['Name'] == f'imagenet_rest_{arch}_8xb128_in1k')
     assert model['Config'] == f'configs/imagenet/rest_{arch}_8xb128_in1k.py'

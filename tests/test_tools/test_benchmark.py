@@ -101,6 +101,7 @@ def test_time_is_for_one_image(rows):
     assert product.time == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('train', [False, True])
 def test_measures_in_processes(run, tmp_path, train):
     options = ['--train', '--with-cp'] if train else ['--matmul', '128']

@@ -93,11 +93,11 @@ def server():
 
 
 @pytest.fixture
-def fetch(run, server, tmp_path):
+def fetch(call, server, tmp_path):
     def fetch_with(*options, **kwargs):
         address = f'http://127.0.0.1:{server.server_port}'
         options = ('--server', address, *options)
-        return run('download_dataset.py', *options, cwd=tmp_path, **kwargs)
+        return call('download_dataset.py', *options, cwd=tmp_path, **kwargs)
 
     return fetch_with
 

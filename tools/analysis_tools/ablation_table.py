@@ -19,8 +19,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from mmrest.utils.complexity import complexity
-
-BEGIN, END = '<!-- ablation:begin -->', '<!-- ablation:end -->'
+from mmrest.utils.text import replace_section, split_at_section
 
 
 def parse_args() -> argparse.Namespace:
@@ -120,24 +119,20 @@ def table(args: argparse.Namespace) -> str:
     return '\n'.join(lines)
 
 
-def main() -> int:
+def main() -> None:
     args = parse_args()
-    text = ''
     if args.into:
-        text = args.into.read_text(encoding='utf-8')
-        if text.count(BEGIN) != 1 or text.count(END) != 1:
-            print(f'error: {args.into} needs {BEGIN} and {END} once', file=sys.stderr)
-            return 1
+        try:
+            split_at_section(args.into, 'ablation')
+        except ValueError as error:
+            sys.exit(f'error: {error}')
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     result = table(args)
     print(result)
     if args.into:
-        head, rest = text.split(BEGIN)
-        tail = rest.split(END)[1]
-        args.into.write_text(f'{head}{BEGIN}\n{result}\n{END}{tail}', encoding='utf-8')
-    return 0
+        replace_section(args.into, 'ablation', result)
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    main()
