@@ -1,23 +1,21 @@
-"""Multiply-accumulate counts, with ResT's attention counted in every form.
+"""Multiply-accumulate counts, with fused attention counted as what it computes.
 
 MMEngine's counter traces a model and adds up what it knows: convolutions, linear
-layers, matrix products (one multiply-accumulate is one), norms and
-interpolations (elementwise operations). It sees neither into PyTorch's fused
-attention nor into mmrest's tiled one; both get the count of the dense form here.
+layers, matrix products (one multiply-accumulate is one), norms and interpolations
+(elementwise operations). It does not see into PyTorch's fused attention, which gets
+the count of its two products here. mmrest's attention is traced in its dense form.
 Softmax, activations, sums and RoIAlign are not counted.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from mmengine.analysis import FlopAnalyzer, parameter_count
 from torch import nn
-
-# What MMEngine adds for each element of a norm without affine parameters.
-NORM_OPS = 4
 
 
 @dataclass
@@ -36,26 +34,15 @@ class Complexity:
     params: dict[str, int]
 
 
-def _sizes(value: Any) -> list[int]:
-    return value.type().sizes()
-
-
 def fused_attention_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
     """Count ``softmax(q k^T) v``: two matrix products."""
-    batch, heads, num_queries, dim = _sizes(inputs[0])
-    return 2 * batch * heads * num_queries * _sizes(inputs[1])[2] * dim
-
-
-def head_interaction_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-    """Count two matrix products, the mixing of the heads, and the norm."""
-    batch, heads, num_queries, dim = _sizes(inputs[0])
-    entries = batch * heads * num_queries * _sizes(inputs[1])[2]
-    return entries * (2 * dim + heads + NORM_OPS)
+    batch, heads, num_queries, dim = inputs[0].type().sizes()
+    num_keys = inputs[1].type().sizes()[2]
+    return 2 * batch * heads * num_queries * num_keys * dim
 
 
 HANDLES: dict[str, Callable] = {
-    'aten::scaled_dot_product_attention': fused_attention_flops,
-    'mmrest::head_interaction_attention': head_interaction_flops,
+    'aten::scaled_dot_product_attention': fused_attention_flops
 }
 
 
@@ -87,6 +74,19 @@ class _Forward(nn.Module):
         return self.model(x, **self.kwargs)
 
 
+@contextmanager
+def _dense_attention(model: nn.Module) -> Iterator[None]:
+    """Tracing knows PyTorch's operators alone."""
+    tiled = [m for m in model.modules() if getattr(m, 'attn_impl', '') == 'tiled']
+    for module in tiled:
+        module.attn_impl = 'dense'
+    try:
+        yield
+    finally:
+        for module in tiled:
+            module.attn_impl = 'tiled'
+
+
 def complexity(model: nn.Module, shape: tuple[int, int]) -> Complexity:
     """Count a forward pass of one image, with the channels of the first convolution.
 
@@ -116,14 +116,11 @@ def complexity(model: nn.Module, shape: tuple[int, int]) -> Complexity:
     analyzer.set_op_handle(**HANDLES)
     analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analyzer.tracer_warnings('none')
-    with torch.no_grad():
+    with torch.no_grad(), _dense_attention(model):
         by_module = analyzer.by_module()
     parameters = parameter_count(model)
     names = [name for name, _ in model.named_children() if name in parameters]
     flops = {name: int(by_module[f'model.{name}']) for name in names}
     params = {name: parameters[name] for name in names}
-    return Complexity(
-        shape,
-        dict(flops, total=int(analyzer.total())),
-        dict(params, total=parameters['']),
-    )
+    flops['total'], params['total'] = int(by_module['']), parameters['']
+    return Complexity(shape, flops, params)

@@ -26,7 +26,7 @@ class Attention(torch.nn.Module):
         )
 
 
-@pytest.mark.parametrize('attn_impl', ['dense', 'tiled', 'auto'])
+@pytest.mark.parametrize('attn_impl', ['dense', 'auto'])
 @pytest.mark.parametrize('heads', [1, 4])
 @torch.no_grad()
 def test_attention_by_hand(heads, attn_impl):
