@@ -41,8 +41,8 @@ def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
     return (
         type(layer) is kind
         and kind.forward is _FORWARDS[kind]
-        and 'forward' not in vars(layer)
-        and not any(vars(layer)[name] for name in _HOOKS)
+        and 'forward' not in layer.__dict__
+        and not any(getattr(layer, name) for name in _HOOKS)
         and (torch.compiler.is_compiling() or _has_plain_parameters(layer))
     )
 
@@ -80,6 +80,7 @@ def is_exporting() -> bool:
     )
 
 
+@torch.compiler.assume_constant_result
 def is_transformed() -> bool:
     """Whether a transform of ``torch.func`` (``grad``, ``vmap``, ...) is at work."""
     return torch._C._functorch.peek_interpreter_stack() is not None

@@ -68,6 +68,7 @@ def test_inductor_at_several_sizes(training):
             compare(model, reference, image(size))
 
 
+@pytest.mark.skipif(not hasattr(torch.export.Dim, 'AUTO'), reason='torch before 2.6')
 def test_torch_export_with_dynamic_sizes():
     dynamic = torch.export.Dim.AUTO
     model = tiny('published').eval()

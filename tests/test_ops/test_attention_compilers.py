@@ -6,6 +6,7 @@ import pytest
 import torch
 from attention_cases import Shape, make_inputs, run
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from mmrest.models.rest import EMSA, Mlp
 from mmrest.ops import head_interaction_attention
@@ -33,7 +34,7 @@ def test_operator_is_well_formed():
 
 def test_compiles_whole_and_once():
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend('aot_eager')
+    counter = CompileCounterWithBackend('aot_eager')
     compiled = torch.compile(
         head_interaction_attention, fullgraph=True, backend=counter
     )
