@@ -18,7 +18,7 @@ if 'mmrest.doctor' not in (_argv or ()) and (_argv or sys.argv[:1] != ['-m']):
     try:
         from mmengine.config.utils import MODULE2PACKAGE
 
-        from . import datasets, hooks
+        from . import datasets, hooks, optim, strategies
         from .checkpoint import allow_mmengine_checkpoints
         from .models import ResT, ResTV2
         from .utils.toolboxes import register_in_toolboxes
@@ -35,4 +35,4 @@ if 'mmrest.doctor' not in (_argv or ()) and (_argv or sys.argv[:1] != ['-m']):
     allow_mmengine_checkpoints()
     register_in_toolboxes(ResT)
     register_in_toolboxes(ResTV2)
-    __all__ += ['ResT', 'ResTV2', 'datasets', 'hooks']
+    __all__ += ['ResT', 'ResTV2', 'datasets', 'hooks', 'optim', 'strategies']

@@ -7,7 +7,7 @@ default_hooks = dict(
     logger=dict(type='LoggerHook', interval=50),
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(
-        type='mmrest.hooks.WholeCheckpointHook',
+        type='mmrest.hooks.AtomicCheckpointHook',
         by_epoch=False,
         interval=10000,
         max_keep_ckpts=3,

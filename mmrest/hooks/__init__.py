@@ -1,17 +1,13 @@
-"""Hooks and what else MMEngine's Runner takes from this package."""
+"""Hooks of MMEngine's Runner, in its root registry."""
 
-from ..optim.layer_decay import LayerDecayOptimWrapperConstructor
-from ..strategies.fsdp import BlockFSDPStrategy, rest_block_wrap_policy
-from .atomic_checkpoint import WholeCheckpointHook
+from .atomic_checkpoint import AtomicCheckpointHook, WholeCheckpointHook
 from .label_range import LabelRangeError, LabelRangeHook
 from .nonfinite import CheckNonFiniteHook, NonFiniteError
-from .preemption import PreemptionHook
-from .stop_signals import Preempted, StopSignals
+from .preemption import Preempted, PreemptionHook, StopSignals, WorkerShield
 
 __all__ = [
-    'BlockFSDPStrategy',
+    'AtomicCheckpointHook',
     'CheckNonFiniteHook',
-    'LayerDecayOptimWrapperConstructor',
     'LabelRangeError',
     'LabelRangeHook',
     'NonFiniteError',
@@ -19,5 +15,5 @@ __all__ = [
     'PreemptionHook',
     'StopSignals',
     'WholeCheckpointHook',
-    'rest_block_wrap_policy',
+    'WorkerShield',
 ]

@@ -3,38 +3,39 @@
 MMEngine's ``CheckpointHook`` writes into the file itself and removes the oldest
 checkpoint before, so that a process killed meanwhile leaves half a file, and perhaps
 no other. The hook here has the same options and writes through
-:mod:`mmrest.checkpoint.atomic`.
+:mod:`mmrest.checkpoint.atomic`. What a resumed run needs beyond MMEngine's own state
+is in :mod:`mmrest.hooks.exact_resume`.
 """
 
 import hashlib
 import io
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from mmengine.dist import is_main_process, master_only
+from mmengine.dist import all_gather_object, is_main_process, master_only
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from mmrest.checkpoint import read_checkpoint
-from mmrest.checkpoint.atomic import remove_unfinished, save_whole, write_whole
+from ..checkpoint import read_checkpoint
+from ..checkpoint.atomic import remove_unfinished, save_whole, write_whole
+from . import exact_resume
+from .nonfinite import check_before_saving
 
-from . import random_states
-from .resuming import continue_exactly
-
-# where a checkpoint has what mmengine does not save, see resuming.py
+# where a checkpoint has what MMEngine does not save, see exact_resume.py
 RESUME_STATE = 'resume_state'
 
 
 @HOOKS.register_module()
-class WholeCheckpointHook(CheckpointHook):
+class AtomicCheckpointHook(CheckpointHook):
     """MMEngine's ``CheckpointHook``, safe against a kill at any moment.
 
-    All options are those of ``CheckpointHook``. In addition:
+    All options of ``CheckpointHook``, and ``schedule_from``. In addition:
 
     - Checkpoints, best checkpoints, published ones and ``last_checkpoint`` are
       written whole or not at all. ``last_checkpoint`` is written after the file that
@@ -47,6 +48,8 @@ class WholeCheckpointHook(CheckpointHook):
       ``randomness.seed`` and as many processes as before, the run then continues
       bit by bit where the hardware computes the same twice, with the exceptions
       below.
+    - Resuming says so if the optimizer or the schedules of the config are not those of
+      the checkpoint.
 
     A resumed run differs, in its augmentations or its data,
 
@@ -63,22 +66,40 @@ class WholeCheckpointHook(CheckpointHook):
       without loading it;
     - if gradients are accumulated and a checkpoint falls between two steps: what was
       accumulated is not saved. Choose ``interval`` as a multiple of
-      ``accumulative_counts``.
+      ``accumulative_counts``; a warning says if it is not.
 
     A validation that was due after the checkpoint is made before the first iteration.
 
     Only local files are treated so; with a remote ``backend_args`` or the deprecated
     ``file_client_args`` MMEngine's own way is taken, with the random states.
 
+    Args:
+        *args: As for ``CheckpointHook``.
+        schedule_from (str): Where a resumed run takes the optimizer's settings (learning
+            rate, weight decay, ...) and the schedules from: ``'checkpoint'``, as
+            MMEngine does, or ``'config'``. Default: ``'checkpoint'``.
+        **kwargs: As for ``CheckpointHook``.
+
     Raises:
         CheckpointWriteError: If a file cannot be written.
+        ValueError: If ``schedule_from`` is something else.
     """
 
-    _local = False
-    _saved_state: Optional[dict] = None
-    _loaded_state: Optional[dict] = None
-    _before_val: Optional[dict] = None
-    _postponed: Optional[list] = None
+    def __init__(
+        self, *args: Any, schedule_from: str = 'checkpoint', **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if schedule_from not in ('checkpoint', 'config'):
+            raise ValueError(
+                "schedule_from of AtomicCheckpointHook must be 'checkpoint' or "
+                f"'config', found {schedule_from!r}"
+            )
+        self._schedule_from = schedule_from
+        self._local = False
+        self._saved_state: Optional[dict] = None
+        self._loaded_state: Optional[dict] = None
+        self._before_val: Optional[dict] = None
+        self._postponed: Optional[list] = None
 
     def before_train(self, runner: Runner) -> None:
         """Clear up after a killed process, and prepare to continue exactly."""
@@ -90,10 +111,11 @@ class WholeCheckpointHook(CheckpointHook):
             self.file_backend = _RemovesLater()
             if is_main_process():
                 self._clear_up(runner)
+        self._warn_of_accumulation(runner)
         state, self._loaded_state = self._loaded_state, None
         if state is not None and (runner.iter or runner.epoch):  # load_from: neither
             self._go_on_after(runner, state)
-            continue_exactly(runner, state)
+            exact_resume.continue_exactly(runner, state)
 
     def after_train(self, runner: Runner) -> None:
         """Publish, and remove what is out of date."""
@@ -103,12 +125,12 @@ class WholeCheckpointHook(CheckpointHook):
 
     def before_val(self, runner: Runner) -> None:
         """Keep the random states of the training."""
-        self._before_val = random_states.capture()
+        self._before_val = exact_resume.capture()
 
     def after_val(self, runner: Runner) -> None:
         """Let the training go on as if there had been no validation."""
         if self._before_val is not None:
-            random_states.restore(self._before_val)
+            exact_resume.restore(self._before_val)
             self._before_val = None
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -117,8 +139,10 @@ class WholeCheckpointHook(CheckpointHook):
             checkpoint[RESUME_STATE] = self._saved_state
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Keep it until all hooks have started."""
+        """Keep what is needed until all hooks have started, and choose the schedule."""
         self._loaded_state = checkpoint.get(RESUME_STATE)
+        if runner._resume:
+            exact_resume.choose_schedule(runner, checkpoint, self._schedule_from)
 
     def _clear_up(self, runner: Runner) -> None:
         for folder in {str(self.out_dir), runner.work_dir}:
@@ -127,6 +151,18 @@ class WholeCheckpointHook(CheckpointHook):
                     f'Removed {os.path.join(folder, name)}, which a process that was '
                     'killed had begun to write.'
                 )
+
+    def _warn_of_accumulation(self, runner: Runner) -> None:
+        counts = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
+        every = self.interval * (len(runner.train_dataloader) if self.by_epoch else 1)
+        if every > 0 and every % counts:
+            runner.logger.warning(
+                f'A checkpoint every {every} iterations falls between two steps, since '
+                f'optim_wrapper.accumulative_counts is {counts}; the gradients that are '
+                'accumulated then are not saved, and a resumed run is not the same run. '
+                f'Choose default_hooks.checkpoint.interval so that {counts} divides the '
+                'number of iterations.'
+            )
 
     def _go_on_after(self, runner: Runner, state: dict) -> None:
         """Find the latest checkpoint, and remove what the process before was to."""
@@ -147,9 +183,10 @@ class WholeCheckpointHook(CheckpointHook):
         if self._postponed is not None:
             self._postponed.append((step, meta))
             return
-        own = self._before_val or random_states.capture()
+        check_before_saving(runner)
+        own = self._before_val or exact_resume.capture()
         self._saved_state = dict(
-            random_states=random_states.gather(own),
+            random_states=all_gather_object(own),
             validated=self._before_val is not None,
         )
         try:
@@ -237,6 +274,19 @@ class WholeCheckpointHook(CheckpointHook):
         best = list(getattr(self, 'best_ckpt_path_dict', {}).values())
         best.append(getattr(self, 'best_ckpt_path', None))
         self.file_backend.remove_waiting({self.last_ckpt, *best})
+
+
+@HOOKS.register_module()
+class WholeCheckpointHook(AtomicCheckpointHook):
+    """The name that :class:`AtomicCheckpointHook` had before; deprecated."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        warnings.warn(
+            'WholeCheckpointHook is now called AtomicCheckpointHook',
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        super().__init__(*args, **kwargs)
 
 
 class _RemovesLater(LocalBackend):

@@ -1,22 +1,20 @@
 """End a training at a NaN or infinite loss, with the reason and good checkpoints."""
 
 from collections.abc import Iterator
-from typing import Any, Optional
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Optional
 
 import torch
-from mmengine.dist import all_gather_object, all_reduce
+from mmengine.dist import all_gather_object, get_comm_device
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner, find_latest_checkpoint
 from torch import Tensor, nn
 
-from .nonfinite_source import (
-    abbreviate,
-    find_source,
-    nonfinite_parameters,
-    rng_states,
-)
+from ..checkpoint import CheckpointError, read_checkpoint
+from ..utils.delayed_flag import DelayedFlag
+from ..utils.text import shorten
 
 _ADVICE = (
     'Usual cures: a lower learning rate, a longer warm-up, '
@@ -29,63 +27,61 @@ class NonFiniteError(RuntimeError):
     """A loss or parameter is NaN or infinite."""
 
 
+class _Iteration(NamedTuple):
+    """What the report of an iteration needs."""
+
+    number: int
+    batch: Any
+    random_states: list[Tensor]
+    losses: dict[str, Tensor]
+
+
 @HOOKS.register_module()
 class CheckNonFiniteHook(Hook):
     """Stop at the first loss or parameter that is NaN or infinite.
 
-    The losses of every iteration are checked between the forward and the backward
-    pass, so that no step is made with them; the parameters are checked after every
-    step, before anything is saved. Checkpoints on disk thus stay good. Infinite
-    gradients alone end nothing: the dynamic loss scaling of float16 training makes
-    them and skips their step.
+    Both are checked after every step. The answer is read one iteration later, so that
+    a GPU is not waited for; before a checkpoint or a validation it is read at once.
+    Checkpoints on disk thus stay good. Infinite gradients alone end nothing: the
+    dynamic loss scaling of float16 training makes them and skips their step.
 
     The error, on every process and in the log, says the iteration, and for each
-    process the images of its batch and the first module that gave such a value,
-    see :func:`mmrest.hooks.nonfinite_source.find_source`. mmdet's
-    ``CheckInvalidLossHook`` says that there is a NaN, every 50 iterations.
+    process the images of its batch and the first module that gave such a value, see
+    :func:`find_source`. mmdet's ``CheckInvalidLossHook`` says that there is a NaN,
+    every 50 iterations.
 
-    The cost is one more synchronisation with the GPU before the backward pass, and
-    with several processes two messages of one number.
+    The model is neither wrapped nor watched, so that ``compile=`` of MMEngine's Runner
+    gives the same graphs with and without this hook.
 
     Raises:
-        NonFiniteError: At the iteration where it happens.
+        NonFiniteError: After the iteration that follows, or before anything is saved.
     """
 
     # before the hooks that average parameters or save them
     priority = 'HIGH'
 
     def __init__(self) -> None:
-        self._handles: list = []
+        self._flag = DelayedFlag()
+        self._sent: Optional[_Iteration] = None
         self._batch: Any = None
         self._states: list[Tensor] = []
 
     def before_train(self, runner: Runner) -> None:
-        """Watch what the model returns."""
-        model = _unwrap(runner.model)
-
-        def remember(module: nn.Module, args: tuple) -> None:
-            self._states = rng_states()
-
-        def check(module: nn.Module, args: tuple, kwargs: dict, losses: Any) -> None:
-            if module.training and _in_loss_mode(args, kwargs):
-                self._check_losses(runner, module, args, kwargs, losses)
-
-        self._handles = [
-            model.register_forward_pre_hook(remember),
-            model.register_forward_hook(check, with_kwargs=True),
-        ]
-
-    def after_train(self, runner: Runner) -> None:
-        """Leave the model as it was."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        """Refuse parameters that are NaN or infinite from the start."""
+        self._flag, self._sent = DelayedFlag(), None
+        names = nonfinite_parameters(_unwrap(runner.model))
+        if any(all_gather_object(bool(names))):
+            raise NonFiniteError(
+                'parameters are NaN or infinite before the first iteration: '
+                f'{shorten(names, 5) or "those of another process"}. Look at what '
+                'they were loaded from (load_from, init_cfg).'
+            )
 
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None
     ) -> None:
-        """Keep the batch, whose samples know their images."""
-        self._batch = data_batch
+        """Keep the batch, whose samples know their images, and the random state."""
+        self._batch, self._states = data_batch, _random_states()
 
     def after_train_iter(
         self,
@@ -94,89 +90,126 @@ class CheckNonFiniteHook(Hook):
         data_batch: Any = None,
         outputs: Optional[dict] = None,
     ) -> None:
-        """Check the parameters after the step."""
-        model = _unwrap(runner.model)
-        params = [param.detach() for param in model.parameters()]
-        if not params:
-            return
-        # a sum of squares may also overflow, so a bad norm is only a suspicion
-        suspicious = (
-            not torch.stack([norm.float() for norm in torch._foreach_norm(params)])
-            .isfinite()
-            .all()
-        )
-        names = nonfinite_parameters(model) if suspicious else []
-        if not _anywhere(bool(names), params[0].device):
-            return
-        self._stop(
-            runner,
-            'the step made parameters NaN or infinite, though the losses are finite: '
-            'the gradients have overflowed',
-            abbreviate(names) if names else 'all its parameters are finite',
-        )
+        """Read the answer of the iteration before, and ask about this one."""
+        self.check(runner)
+        losses = {
+            name: value.detach().float().mean()
+            for name, value in (outputs or {}).items()
+            if 'loss' in name and isinstance(value, Tensor)
+        }
+        params = [
+            param.detach()
+            for param in _unwrap(runner.model).parameters()
+            if param.is_floating_point() and param.numel()
+        ]
+        # the largest value of each, for a sum of squares could overflow
+        largest = torch._foreach_norm(params, float('inf')) if params else []
+        sums = sum(losses.values()), sum(value.float() for value in largest)
+        device = params[0].device if params else get_comm_device()
+        flags = [~torch.as_tensor(value, device=device).isfinite() for value in sums]
+        self._flag.send(torch.stack(flags).float())
+        self._sent = _Iteration(runner.iter + 1, self._batch, self._states, losses)
 
-    def _check_losses(
-        self, runner: Runner, model: nn.Module, args: tuple, kwargs: dict, losses: Any
-    ) -> None:
-        terms = _loss_terms(losses)
-        if not terms:
+    def before_val(self, runner: Runner) -> None:
+        """Validate no broken model."""
+        self.check(runner)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Save no broken model, whoever saves it.
+
+        MMEngine's own checkpoint hook calls this on the first process only, so that
+        with several the others are ended by the launcher.
+        """
+        self.check(runner, alone=True)
+
+    def after_train(self, runner: Runner) -> None:
+        """Check the last iteration."""
+        self.check(runner)
+
+    def check(self, runner: Runner, alone: bool = False) -> None:
+        """Read the answer that is due; every process must call it, unless ``alone``.
+
+        Args:
+            runner (Runner): In training.
+            alone (bool): Whether the other processes do not call it. Default: False.
+
+        Raises:
+            NonFiniteError: If a loss or parameter of any process was not finite.
+        """
+        sent, self._sent = self._sent, None
+        flags = self._flag.receive()
+        if sent is None or not any(flags):
             return
-        total = sum(terms.values())
-        bad = not bool(torch.isfinite(total))
-        if not _anywhere(bad, total.device):
-            return
+        what = (
+            'a loss is NaN or infinite'
+            if flags[0]
+            else 'the step made parameters NaN or infinite, though the losses are '
+            'finite: the gradients have overflowed'
+        )
         # every process searches, for a loss may talk to the other processes
-        source = find_source(model, args, kwargs, self._states)
-        if bad:
-            values = [f'{name}={float(value):g}' for name, value in terms.items()]
-            source = f'{", ".join(values)}; {source}'
-        else:
-            source = 'its losses are finite'
-        self._stop(runner, 'a loss is NaN or infinite', source)
-
-    def _stop(self, runner: Runner, what: str, source: str) -> None:
-        images = ', '.join(_images(self._batch)) or 'without names'
-        reports = all_gather_object(f'images {images}: {source}')
-        lines = [f'iteration {runner.iter + 1}: {what}.']
-        for rank, report in enumerate(reports):
-            lines.append(f'  process {rank}, {report}')
+        source = _describe_source(runner, sent, of_losses=flags[0])
+        images = ', '.join(_images(sent.batch)) or 'without names'
+        report = f'images {images}: {source}'
+        reports = [report] if alone else all_gather_object(report)
         latest = find_latest_checkpoint(runner.work_dir)
-        lines.append(
-            f'The last checkpoint, {latest}, is from before.'
-            if latest
-            else 'There is no checkpoint yet.'
+        message = '\n'.join(
+            [
+                f'iteration {sent.number}: {what}.',
+                *(f'  process {rank}, {text}' for rank, text in enumerate(reports)),
+                f'The last checkpoint, {latest}, is from before.'
+                if latest
+                else 'There is no checkpoint yet.',
+                _ADVICE,
+            ]
         )
-        lines.append(_ADVICE)
-        message = '\n'.join(lines)
         runner.logger.error(message)
-        self.after_train(runner)
         raise NonFiniteError(message)
+
+
+def check_before_saving(runner: Runner) -> None:
+    """Have ``CheckNonFiniteHook``, if there is one, read the answer that is due.
+
+    Args:
+        runner (Runner): In training; every process must call this.
+
+    Raises:
+        NonFiniteError: As :meth:`CheckNonFiniteHook.check`.
+    """
+    for hook in runner.hooks:
+        if isinstance(hook, CheckNonFiniteHook):
+            hook.check(runner)
+
+
+def _describe_source(runner: Runner, sent: _Iteration, of_losses: bool) -> str:
+    model = _unwrap(runner.model)
+    broken = nonfinite_parameters(model)
+    if not of_losses:
+        return shorten(broken, 5) if broken else 'all its parameters are finite'
+    if all(map(torch.isfinite, sent.losses.values())):
+        return 'its losses are finite'
+    weights: Optional[dict[str, Tensor]] = {}
+    note = ''
+    if broken:  # by the step that was made with this loss
+        weights, note = _weights_before(runner.work_dir)
+    with runner.optim_wrapper.optim_context(runner.model):
+        found = find_source(model, sent.batch, sent.random_states, weights)
+    values = ', '.join(f'{name}={float(v):g}' for name, v in sent.losses.items())
+    return f'{values}; {found}{note}'
+
+
+def _weights_before(work_dir: str) -> tuple[Optional[dict[str, Tensor]], str]:
+    """Weights for a search, and what to say of them."""
+    latest = find_latest_checkpoint(work_dir)
+    if latest is None:
+        return None, ' (the step made with this loss has broken the parameters)'
+    try:
+        return read_checkpoint(latest)['state_dict'], f' (with the weights of {latest})'
+    except (CheckpointError, KeyError) as error:
+        return None, f' ({latest} cannot be read: {error})'
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
     return model.module if is_model_wrapper(model) else model
-
-
-def _in_loss_mode(args: tuple, kwargs: dict) -> bool:
-    modes = [kwargs.get('mode'), *(arg for arg in args if isinstance(arg, str))]
-    return 'loss' in modes
-
-
-def _loss_terms(losses: Any) -> dict[str, Tensor]:
-    """What MMEngine's ``parse_losses`` sums: means, of entries named a loss."""
-    terms = {}
-    for name, value in losses.items() if isinstance(losses, dict) else ():
-        values = value if isinstance(value, (list, tuple)) else [value]
-        if 'loss' in name and values:
-            terms[name] = sum(v.detach().float().mean() for v in values)
-    return terms
-
-
-def _anywhere(flag: bool, device: torch.device) -> bool:
-    """Whether ``flag`` is true on any process."""
-    flags = torch.tensor(float(flag), device=device)
-    all_reduce(flags, op='sum')
-    return bool(flags > 0)
 
 
 def _images(batch: Any) -> Iterator[str]:
@@ -191,3 +224,148 @@ def _images(batch: Any) -> Iterator[str]:
         known = [batch.metainfo.get(key) for key in ('img_id', 'img_path')]
         if any(value is not None for value in known):
             yield ' '.join(str(value) for value in known if value is not None)
+
+
+# ------------------------------------------------------- the search for the source
+
+
+def nonfinite_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters with a value that is NaN or infinite."""
+    return [
+        name
+        for name, param in model.named_parameters()
+        if not torch.isfinite(param.detach()).all()
+    ]
+
+
+def find_source(
+    model: nn.Module,
+    batch: Any,
+    random_states: list[Tensor],
+    weights: Optional[dict[str, Tensor]],
+) -> str:
+    """Say what in a training iteration is the first that is NaN or infinite.
+
+    The inputs are looked at first, then, in a second pass without gradients, what
+    enters and leaves each module. Parameters, buffers, such as the statistics of
+    BatchNorm, and the random state are as before afterwards.
+
+    Args:
+        model (nn.Module): A model of MMEngine, without its wrapper.
+        batch (Any): What the data loader gave.
+        random_states (list[Tensor]): Of the CPU and the current GPU, before the pass.
+        weights (dict[str, Tensor], optional): Parameters and buffers to use in place
+            of the model's own, perhaps none of them. If None, there are no good
+            ones, and only the inputs are looked at.
+    """
+    found: list[str] = []
+    handles = _watch(model, found)
+    try:
+        with torch.no_grad(), _unchanged(model, random_states):
+            data = model.data_preprocessor(batch, True)
+            count = _first_count(data.get('inputs') if isinstance(data, dict) else data)
+            if count:
+                return f'the preprocessed inputs are so already: {count}'
+            if weights is None:
+                return 'the preprocessed inputs are finite'
+            device = next(model.parameters()).device
+            moved = {name: value.to(device) for name, value in weights.items()}
+            args, kwargs = ((), data) if isinstance(data, dict) else (tuple(data), {})
+            kwargs = dict(kwargs, mode='loss')
+            torch.func.functional_call(model, moved, args, kwargs, strict=False)
+    except _Found:
+        return found[0]
+    except Exception as error:  # the reason matters more than how it was sought
+        return f'the batch could not be run again ({error!r})'
+    finally:
+        for handle in handles:
+            handle.remove()
+    return 'no module gave such a value when the batch was run again'
+
+
+class _Found(Exception):
+    """Ends the second pass."""
+
+
+def _watch(model: nn.Module, found: list[str]) -> list:
+    modules = dict(model.named_modules())
+    handles = []
+
+    def stop(text: str) -> None:
+        found.append(text)
+        raise _Found
+
+    def watch(name: str, module: nn.Module) -> None:
+        def entering(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            count = _first_count((args, kwargs))
+            if count:
+                maker = _parent(name, modules)
+                stop(
+                    f'first in {_describe(maker, modules)}, by its own operations: '
+                    f'it hands {name} {count}'
+                )
+
+        def leaving(_: nn.Module, args: tuple, output: Any) -> None:
+            count = _first_count(output)
+            if count:
+                stop(
+                    f'first in {_describe(name, modules)}, from inputs that are '
+                    f'finite: {count}'
+                )
+
+        handles.append(module.register_forward_pre_hook(entering, with_kwargs=True))
+        handles.append(module.register_forward_hook(leaving))
+
+    for name, module in modules.items():
+        if name and not name.startswith('data_preprocessor'):
+            watch(name, module)
+    return handles
+
+
+def _parent(name: str, modules: dict[str, nn.Module]) -> str:
+    """The module whose code calls ``name``; lists of modules have no code."""
+    name = name.rpartition('.')[0]
+    while name and isinstance(modules[name], (nn.ModuleList, nn.ModuleDict)):
+        name = name.rpartition('.')[0]
+    return name
+
+
+def _describe(name: str, modules: dict[str, nn.Module]) -> str:
+    kind = type(modules[name]).__name__
+    return f'{name} ({kind})' if name else f'the model itself ({kind})'
+
+
+def _first_count(value: Any) -> Optional[str]:
+    """How many values of the first tensor that has such ones are NaN or infinite."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, (list, tuple)):
+        return next((count for count in map(_first_count, value) if count), None)
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return None
+    nans, infs = int(value.isnan().sum()), int(value.isinf().sum())
+    if not nans and not infs:
+        return None
+    return f'{nans} NaN and {infs} infinite values of {value.numel()}'
+
+
+def _random_states() -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_available():
+        states.append(torch.cuda.get_rng_state())
+    return states
+
+
+@contextmanager
+def _unchanged(model: nn.Module, states: list[Tensor]) -> Iterator[None]:
+    """Start from ``states``; afterwards random state and buffers are as now."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.random.fork_rng():
+        torch.set_rng_state(states[0])
+        if len(states) > 1:
+            torch.cuda.set_rng_state(states[1])
+        try:
+            yield
+        finally:
+            for buffer, value in buffers:
+                buffer.data.copy_(value)

@@ -1,45 +1,394 @@
-"""End a training on a scheduler's signal, with a checkpoint of that iteration."""
+"""End a training on a scheduler's signal, with a checkpoint of that iteration.
 
+In the order of this file: the signals, the worker processes of data loaders, the rest
+of an epoch that was broken off, and the hook that uses all three.
+"""
+
+import functools
+import multiprocessing
+import os
 import os.path as osp
-from collections.abc import Iterator
+import select
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Optional
+from types import FrameType
+from typing import Any, Callable, Optional
 
-from mmengine.dist import all_gather_object, barrier, is_main_process
+import torch
+from mmengine.dist import (
+    all_gather_object,
+    barrier,
+    get_comm_device,
+    get_world_size,
+    is_main_process,
+)
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
+from mmengine.logging import print_log
 from mmengine.registry import HOOKS
-from mmengine.runner import EpochBasedTrainLoop, Runner
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from ..checkpoint.atomic import write_whole
-from .agreement import Agreement
-from .loader_signals import shield_loader_workers
-from .stop_signals import (
-    REQUEUE_STATUS,
-    STOP_SIGNALS,
-    Preempted,
-    StopSignals,
-    note_requeue,
-)
-from .unfinished_epoch import skip_batches_done
+from ..utils.delayed_flag import DelayedFlag
+from . import exact_resume
+from .nonfinite import check_before_saving
 
-# what a checkpoint's message hub says of how the run ended
+# EX_TEMPFAIL of sysexits.h: nothing is wrong, try again later
+REQUEUE_STATUS = 75
+# tools/dist_train.sh and slurm_train.sh name a file here, because torchrun and srun
+# do not pass the status on
+REQUEUE_FILE = 'MMREST_REQUEUE_FILE'
+STOP_SIGNALS = ('SIGTERM', 'SIGUSR1')
+
+# what a checkpoint's message hub says about the end of its run
 _VALIDATE = 'preempted_before_validation'
 _EXTRA_FILE = 'preemption_checkpoint'
+
+
+# ---------------------------------------------------------------------- signals
+
+
+class Preempted(SystemExit):
+    """The process ends on request and asks to be started again.
+
+    Uncaught, it ends Python with ``status`` and without a traceback.
+
+    Args:
+        reason (str): What happened, for a log.
+        status (int): Exit status. Default: 75 (``EX_TEMPFAIL``).
+    """
+
+    def __init__(self, reason: str, status: int = REQUEUE_STATUS) -> None:
+        super().__init__(status)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+class StopSignals:
+    """Handlers of the signals with which a scheduler ends a job.
+
+    After :meth:`start` a signal raises :class:`Preempted`, since there is nothing to
+    save yet. Within :meth:`noted` it only sets ``received``. A second signal ends the
+    process at once. Child processes end by SIGTERM as if there were no handler.
+
+    Args:
+        names (tuple[str]): Signals. Default: ``('SIGTERM', 'SIGUSR1')``.
+        repeat (float): Seconds in which further signals count as the first one,
+            because srun and torchrun may both pass it on. Default: 5.
+
+    Attributes:
+        received (str | None): Name of the first signal.
+
+    Raises:
+        ValueError: If this system has no such signal.
+    """
+
+    def __init__(
+        self, names: tuple[str, ...] = STOP_SIGNALS, repeat: float = 5.0
+    ) -> None:
+        unknown = [name for name in names if not hasattr(signal, name)]
+        if unknown:
+            raise ValueError(
+                f'unknown signals {", ".join(map(str, unknown))}. Give names such as '
+                f'{", ".join(STOP_SIGNALS)}.'
+            )
+        self.received: Optional[str] = None
+        self._numbers = [getattr(signal, name) for name in names]
+        self._repeat = repeat
+        self._since = 0.0
+        self._pid = 0
+        self._notes = False
+        self._before: dict[int, Any] = {}
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether the handlers are in place."""
+        return bool(self._before)
+
+    def start(self) -> None:
+        """Install the handlers; outside the main thread nothing can be done."""
+        if threading.current_thread() is not threading.main_thread():
+            print_log(
+                'Signals are handled in the main thread only; preemption will end '
+                'this run without a checkpoint.',
+                logger='current',
+            )
+            return
+        self._pid, self.received = os.getpid(), None
+        for number in self._numbers:
+            self._before[number] = signal.signal(number, self._handle)
+
+    def stop(self) -> None:
+        """Put back the handlers that were there before."""
+        for number, handler in self._before.items():
+            # None: it was set by something other than Python
+            if handler is not None and signal.getsignal(number) == self._handle:
+                signal.signal(number, handler)
+        self._before = {}
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Only note signals; afterwards the handlers are as before.
+
+        If an error ends the block, signals end the process: a job that failed must
+        not ask to be started again.
+        """
+        self._notes = True
+        self.start()
+        try:
+            yield
+        except Exception:
+            for number, handler in self._before.items():
+                if isinstance(getattr(handler, '__self__', None), StopSignals):
+                    self._before[number] = signal.SIG_DFL
+            raise
+        finally:
+            self.stop()
+            self._notes = False
+
+    def _handle(self, number: int, frame: Optional[FrameType]) -> None:
+        if os.getpid() != self._pid:  # a child process that inherited the handler
+            if number == signal.SIGTERM:
+                _die_of(number)
+        elif self.received is not None:
+            if time.monotonic() - self._since > self._repeat:
+                _die_of(number)
+        else:
+            self.received = signal.Signals(number).name
+            self._since = time.monotonic()
+            if not self._notes:
+                note_requeue('start')
+                reason = f'{self.received} before the training began'
+                # print() may be what was interrupted
+                os.write(2, f'{reason}; exit status {REQUEUE_STATUS}.\n'.encode())
+                raise Preempted(reason)
+
+
+def _die_of(number: int) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+def note_requeue(moment: str) -> None:
+    """Tell the script that started the processes why they end.
+
+    Args:
+        moment (str): ``start`` (before the training began) or ``saved``.
+    """
+    path = os.environ.get(REQUEUE_FILE)
+    if path:
+        try:
+            with open(path, 'a', encoding='utf-8') as file:
+                file.write(f'{moment}\n')
+        except OSError as error:
+            print_log(f'{path} cannot be written: {error}', logger='current')
+
+
+# ------------------------------------------------------ workers of data loaders
+
+
+class WorkerShield:
+    """A ``worker_init_fn`` with which workers outlive the signals sent to a job.
+
+    Slurm sends SIGTERM to every process of a job. A worker that dies of it raises an
+    error in the middle of the iteration that the main process was to finish. Until
+    :meth:`end`, such a worker ignores SIGTERM and SIGUSR1. It ends within seconds if
+    its main process was killed; torch's own may wait for ever to hand over a batch.
+
+    Works with the start methods fork, spawn and forkserver; on Windows it does
+    nothing.
+
+    Args:
+        init (callable, optional): The loader's own ``worker_init_fn``.
+    """
+
+    def __init__(self, init: Optional[Callable[[int], Any]] = None) -> None:
+        self.init = init
+        self._lasts = torch.ones(1, dtype=torch.bool).share_memory_()
+
+    def __call__(self, worker_id: int) -> None:
+        if os.name == 'posix':
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                # A handler, as an ignored signal would not be seen by the thread.
+                # Blocking signals does not suffice: libraries have threads that
+                # do not block them.
+                signal.signal(number, _ignore)
+                signal.siginterrupt(number, False)
+            receives, sends = os.pipe()
+            os.set_blocking(sends, False)
+            signal.set_wakeup_fd(sends, warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, args=(receives,), daemon=True).start()
+        if self.init is not None:
+            self.init(worker_id)
+
+    def end(self) -> None:
+        """Let the workers end when they are asked to, or have been."""
+        self._lasts.fill_(False)
+
+    def _watch(self, receives: int) -> None:
+        # with forkserver the parent in the system's sense is the server
+        started_by, parent = os.getppid(), multiprocessing.parent_process()
+        asked = False
+        while os.getppid() == started_by and (parent is None or parent.is_alive()):
+            if asked and not self._lasts.item():
+                break
+            if select.select([receives], [], [], 1.0)[0]:
+                asked = asked or signal.SIGTERM in os.read(receives, 1024)
+        os._exit(0)  # any other status is an error in the main process
+
+
+def _ignore(number: int, frame: Optional[FrameType]) -> None:
+    """Do nothing."""
+
+
+@contextmanager
+def shield_workers(loaders: Iterable[DataLoader]) -> Iterator[None]:
+    """Shield the workers that loaders start within this block.
+
+    Args:
+        loaders (Iterable[DataLoader]): Their ``worker_init_fn`` is replaced, and put
+            back at the end, also after an error.
+    """
+    shielded = [
+        (loader, WorkerShield(loader.worker_init_fn))
+        for loader in loaders
+        if loader.num_workers > 0
+    ]
+    try:
+        for loader, shield in shielded:
+            loader.worker_init_fn = shield
+        yield
+    finally:
+        for loader, shield in shielded:
+            loader.worker_init_fn = shield.init
+            shield.end()
+
+
+class _Itself:
+    """Stands in for an object where a config is copied; the copy is the object."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        return self._value
+
+
+def _renew_loader(runner: Runner, loop: BaseLoop) -> bool:
+    """End the workers that a loop has started before any hook was called.
+
+    MMEngine's ``IterBasedTrainLoop`` starts them when it is built. Its data loader is
+    built again, since its sampler has been drawn from.
+
+    Returns:
+        bool: Whether the loop needs a new iterator.
+    """
+    iterator = getattr(loop, 'dataloader_iterator', None)
+    # OneDL's MMEngine starts the workers with the first batch
+    if getattr(iterator, '_iterator', None) is None or not loop.dataloader.num_workers:
+        return False
+    config = runner._train_dataloader
+    if isinstance(config, DataLoader):
+        runner.logger.warning(
+            'The workers of this DataLoader started before PreemptionHook: a SIGTERM '
+            'that is sent to them too ends the run with an error. Give the Runner '
+            'the config of the data loader, or DataLoader('
+            'worker_init_fn=mmrest.hooks.WorkerShield(...)).'
+        )
+        return False
+    iterator._iterator = None
+    BaseLoop.__init__(
+        loop, runner, dict(config, dataset=_Itself(loop.dataloader.dataset))
+    )
+    return True
+
+
+# --------------------------------------------------------- the rest of an epoch
+
+
+class RestOfBatches:
+    """A batch sampler that leaves out its first batches, the first time.
+
+    Args:
+        batch_sampler (Iterable): Lists of indices; its other attributes are here too.
+        done (int): How many batches to leave out.
+    """
+
+    def __init__(self, batch_sampler: Any, done: int) -> None:
+        self._batch_sampler = batch_sampler
+        self._done = done
+        self._state: Optional[Tensor] = None
+
+    def __iter__(self) -> Iterator:
+        # a loader with workers calls this before and after it draws their seed
+        if self._state is None:
+            self._state = torch.get_rng_state()
+        return self._batches()
+
+    def _batches(self) -> Iterator:
+        batches = iter(self._batch_sampler)
+        if self._done:
+            for _ in range(self._done):
+                next(batches, None)
+            self._done = 0
+            # what the start of an epoch draws was drawn before the checkpoint
+            torch.set_rng_state(self._state)
+        yield from batches
+
+    def __len__(self) -> int:
+        return len(self._batch_sampler)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith('__'):
+            raise AttributeError(name)
+        return getattr(self.__dict__['_batch_sampler'], name)
+
+
+def _skip_batches_done(runner: Runner) -> None:
+    """Begin a resumed epoch where its checkpoint was written.
+
+    MMEngine repeats such an epoch from its first batch, and makes more iterations
+    than planned. No image is loaded for the batches that are skipped.
+    """
+    if not isinstance(runner.train_loop, EpochBasedTrainLoop):
+        return
+    loader = runner.train_dataloader
+    done = runner.iter - runner.epoch * len(loader)
+    if 0 < done <= len(loader):
+        # torch forbids assignment: iterators that exist would not notice
+        loader.__dict__['batch_sampler'] = RestOfBatches(loader.batch_sampler, done)
+        runner.logger.info(
+            f'{done} of the {len(loader)} batches of epoch {runner.epoch + 1} are '
+            'done and skipped.'
+        )
+
+
+# --------------------------------------------------------------------- the hook
 
 
 @HOOKS.register_module()
 class PreemptionHook(Hook):
     """Write a checkpoint at SIGTERM or SIGUSR1 and end with status 75.
 
-    The iteration is finished; with several processes the next one too, for all must
-    stop at the same. A validation is broken off and done again by the resumed run;
-    only if the processes have different numbers of validation batches is it
-    finished. ``--resume`` continues after exactly that iteration, within an epoch
-    too. A second signal, more than ``repeat`` seconds later, ends at once.
+    The iteration is finished; with several processes the next one too, because all
+    must stop at the same; with accumulated gradients all up to the next step, because
+    a checkpoint does not hold them. A validation is broken off and done again by the
+    resumed run. It is finished if the processes have different numbers of validation
+    batches. ``--resume`` continues after exactly that iteration, within an epoch too.
+    A second signal, more than ``repeat`` seconds later, ends the process at once.
 
-    The runner's checkpoint hook writes the file, so its settings hold. One that
-    saves by epochs writes an ``iter_N.pth`` here, which is removed after the next
-    checkpoint if it removes old ones at all.
+    The runner's checkpoint hook writes the file, so its settings hold. One that saves
+    by epochs writes an ``iter_N.pth`` here, which is removed after the next
+    checkpoint if the hook removes old ones at all.
+
+    Signal handlers and the ``worker_init_fn`` of the data loaders are replaced while
+    the training loop runs, and only then.
 
     Args:
         signals (tuple[str]): Default: ``('SIGTERM', 'SIGUSR1')``.
@@ -64,14 +413,34 @@ class PreemptionHook(Hook):
     ) -> None:
         self._signals = StopSignals(tuple(signals), repeat)
         self._status = status
-        self._agreement = Agreement()
-        self._ask_in_validation = False
-        # here, because a loop forks its workers before any hook is called
-        shield_loader_workers()
+        self._flag = DelayedFlag()
+        self._stops = self._ask_in_validation = False
+
+    def before_run(self, runner: Runner) -> None:
+        """Run the training loop with the signals and the workers looked after."""
+        # not runner.train_loop, which would build one for a validation or a test
+        loop = runner._train_loop
+        if isinstance(loop, BaseLoop):
+            # no hook is called after an error, so that the loop's run is wrapped
+            loop.run = functools.partial(self._run, runner, loop)
+
+    def _run(self, runner: Runner, loop: BaseLoop) -> Any:
+        del loop.run
+        self._stops, self._flag = False, DelayedFlag()
+        state = exact_resume.capture()
+        renewed = _renew_loader(runner, loop)
+        loops = [loop] if runner.val_loop is None else [loop, runner.val_loop]
+        loaders = [loop.dataloader for loop in loops]
+        with self._signals.noted(), shield_workers(loaders):
+            if renewed:
+                kind = type(loop.dataloader_iterator)
+                loop.dataloader_iterator = kind(loop.dataloader)
+                # with and without this hook a run draws the same random numbers
+                exact_resume.restore(state)
+            return loop.run()
 
     def before_train(self, runner: Runner) -> None:
-        """Listen, and do the validation that was broken off."""
-        self._signals.start(type(runner.train_loop).run.__code__)
+        """Do the validation that was broken off."""
         hub = runner.message_hub
         if hub.runtime_info.get(_VALIDATE) and runner.val_loop is not None:
             hub.update_info(_VALIDATE, False)
@@ -80,7 +449,7 @@ class PreemptionHook(Hook):
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Go on within an epoch."""
-        skip_batches_done(runner)
+        _skip_batches_done(runner)
 
     def after_train_iter(
         self,
@@ -90,7 +459,8 @@ class PreemptionHook(Hook):
         outputs: Optional[dict] = None,
     ) -> None:
         """Stop here if any process was asked to."""
-        if not self._agreement.ask(self._signals.received is not None):
+        self._stops = self._stops or self._is_agreed()
+        if not self._stops or not _is_after_step(runner):
             return
         done = runner.iter + 1
         by_iterations = not isinstance(runner.train_loop, EpochBasedTrainLoop)
@@ -125,20 +495,25 @@ class PreemptionHook(Hook):
         """Break the validation off."""
         if not self._signals.is_listening or not self._ask_in_validation:
             return
-        if self._agreement.ask(self._signals.received is not None):
+        if self._is_agreed():
             ema = _find(runner, EMAHook)
             if ema is not None:
                 ema.after_val_epoch(runner)  # gives back the trained parameters
             self._stop(runner, runner.iter, validate=True)
 
     def after_train(self, runner: Runner) -> None:
-        """Listen no more."""
-        self._agreement.collect()
-        self._signals.stop()
+        """Read the last answer, so that no message is left unfinished."""
+        self._flag.receive()
 
-    def after_run(self, runner: Runner) -> None:
-        """Leave processes that are forked later as they are."""
-        shield_loader_workers(False)
+    def _is_agreed(self) -> bool:
+        """Whether any process got a signal; with several, at the call before."""
+        asked = self._signals.received is not None
+        if get_world_size() == 1:
+            return asked
+        agreed = any(self._flag.receive())
+        # filled on the device, since a copy to it would wait
+        self._flag.send(torch.full((1,), float(asked), device=get_comm_device()))
+        return agreed
 
     def _stop(self, runner: Runner, done: int, validate: bool) -> None:
         name = self._signals.received or 'a signal to another process'
@@ -150,14 +525,20 @@ class PreemptionHook(Hook):
             f'Stopped by {name} after iteration {done}, saved as {path}. Continue '
             f'with --resume. Exit status {self._status}.'
         )
+        if not _is_after_step(runner):  # in a validation between two steps
+            text += ' Gradients that were accumulated since the last step are lost.'
         runner.logger.warning(text)
-        self._signals.stop()
         note_requeue('saved')
         raise Preempted(text, self._status)
 
 
-def _find(runner: Runner, kind: type) -> Optional[Hook]:
+def _find(runner: Runner, kind: type) -> Any:
     return next((hook for hook in runner.hooks if isinstance(hook, kind)), None)
+
+
+def _is_after_step(runner: Runner) -> bool:
+    """Whether no gradients are accumulated (``accumulative_counts``)."""
+    return getattr(runner.optim_wrapper, 'should_update', lambda: True)()
 
 
 def _is_validation_due(runner: Runner, done: int) -> bool:
@@ -171,6 +552,7 @@ def _is_validation_due(runner: Runner, done: int) -> bool:
 
 def _save(runner: Runner, done: int) -> str:
     """Save the state after ``done`` iterations; every process must call it."""
+    check_before_saving(runner)
     meta = dict(epoch=runner.epoch, iter=done)
     hook = _find(runner, CheckpointHook)
     if hook is None:

@@ -5,6 +5,7 @@ from typing import Any, Optional, Union
 import torch
 from mmengine._strategy import FSDPStrategy
 from mmengine.device import get_device
+from mmengine.optim import BaseOptimWrapper
 from mmengine.registry import FUNCTIONS, STRATEGIES
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -46,10 +47,12 @@ class BlockFSDPStrategy(FSDPStrategy):
     - the optimizer's state is loaded: MMEngine 0.10.7 hands its arguments on in an
       order that torch has given up since 2.1, so that resuming fails;
     - it runs on a CPU with gloo too, where each process gathers the whole state to
-      save it (on a GPU the first one does, into the memory of the machine).
+      save it (on a GPU the first one does, into the memory of the machine);
+    - ``optim_wrapper.clip_grad`` clips by the norm of the whole gradient; MMEngine's
+      own way takes that of a process's part.
 
-    A gradient is clipped by the norm of a process's own part, so leave
-    ``optim_wrapper.clip_grad`` out.
+    Gradients that are accumulated are not saved in a checkpoint, see
+    :class:`mmrest.hooks.AtomicCheckpointHook`.
 
     Args:
         model_wrapper (dict, optional): Fields of ``MMFullyShardedDataParallel``.
@@ -78,6 +81,37 @@ class BlockFSDPStrategy(FSDPStrategy):
             # torch 2.13 frees what it should copy "to the CPU", and crashes
             for config in (self.state_dict_config, self.optim_state_dict_config):
                 config.rank0_only = config.offload_to_cpu = False
+
+    def build_optim_wrapper(
+        self, optim_wrapper: Any, model: Optional[nn.Module] = None
+    ) -> BaseOptimWrapper:
+        """Build the optimizer; the norm of its gradient is that of all processes.
+
+        Args:
+            optim_wrapper (Optimizer | OptimWrapper | dict): As for ``FSDPStrategy``.
+            model (nn.Module, optional): The wrapped model.
+
+        Returns:
+            BaseOptimWrapper: The wrapper.
+
+        Raises:
+            ValueError: If ``clip_grad`` has options that FSDP does not know.
+        """
+        wrapper = super().build_optim_wrapper(optim_wrapper, model)
+        options = getattr(wrapper, 'clip_grad_kwargs', None)
+        # clipping by value needs no norm, and is right by parts
+        if options and wrapper.grad_name == 'grad_norm':
+            unknown = sorted(options.keys() - {'max_norm', 'norm_type'})
+            if unknown:
+                raise ValueError(
+                    f'optim_wrapper.clip_grad has {", ".join(unknown)}, which clipping '
+                    'with FSDP does not know. Give max_norm and norm_type alone.'
+                )
+            wrapper.clip_func = self._clip_grad_norm
+        return wrapper
+
+    def _clip_grad_norm(self, params: list, **options: Any) -> torch.Tensor:
+        return self.model.clip_grad_norm_(**options)
 
     def load_optim_state_dict(self, state_dict: dict) -> None:
         """Load the optimizer's state.

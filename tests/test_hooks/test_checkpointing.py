@@ -1,4 +1,4 @@
-"""WholeCheckpointHook keeps the promises of MMEngine's hook, and says why it cannot."""
+"""AtomicCheckpointHook keeps the promises of MMEngine's hook, and says why it cannot."""
 
 import errno
 import hashlib
@@ -16,7 +16,7 @@ from rest_runs import Regressor
 
 from mmrest.checkpoint import CheckpointError, CheckpointWriteError, read_checkpoint
 from mmrest.checkpoint.atomic import remove_unfinished, save_whole, write_whole
-from mmrest.hooks import random_states
+from mmrest.hooks import exact_resume as random_states
 
 BEST = dict(save_best='val/loss', rule='less')
 OPTIONS = {
@@ -62,7 +62,7 @@ def content(work_dir):
 @pytest.mark.parametrize('name', OPTIONS)
 def test_same_files_as_mmengine(tmp_path, name, epochs):
     runs = []
-    for kind in ('CheckpointHook', 'WholeCheckpointHook'):
+    for kind in ('CheckpointHook', 'AtomicCheckpointHook'):
         (tmp_path / kind).mkdir()
         train(tmp_path / kind / 'run', kind, epochs, **OPTIONS[name])
         runs.append(content(tmp_path / kind / 'run'))
@@ -85,7 +85,7 @@ def test_same_files_as_mmengine(tmp_path, name, epochs):
 
 def test_published_file_is_named_by_its_digest(tmp_path):
     """As ``torch.hub`` checks it."""
-    train(tmp_path, 'WholeCheckpointHook', False, published_keys=['state_dict'])
+    train(tmp_path, 'AtomicCheckpointHook', False, published_keys=['state_dict'])
     (path,) = tmp_path.glob('iter_6-*.pth')
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert path.name == f'iter_6-{digest[:8]}.pth'
@@ -267,7 +267,7 @@ def flexible(work_dir, load_from=None):
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01, momentum=0.9)),
         default_hooks=dict(
             checkpoint=dict(
-                type='WholeCheckpointHook', by_epoch=False, interval=2, max_keep_ckpts=2
+                type='AtomicCheckpointHook', by_epoch=False, interval=2, max_keep_ckpts=2
             )
         ),
         default_scope='mmengine',

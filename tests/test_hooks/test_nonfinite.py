@@ -11,8 +11,8 @@ import torch
 from rest_runs import Images, Regressor, build
 from torch import nn
 
-from mmrest.hooks.nonfinite import NonFiniteError
-from mmrest.hooks.nonfinite_source import find_source, rng_states
+
+from mmrest.hooks.nonfinite import find_source
 
 HOOK = [dict(type='CheckNonFiniteHook')]
 

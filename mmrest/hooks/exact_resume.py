@@ -1,0 +1,273 @@
+"""Continue a run exactly: random states, a validation that was due, the schedule.
+
+What MMEngine restores itself, the weights, the optimizer and its schedules, and the
+position in the data, is left to it.
+"""
+
+import bisect
+import random
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dist import get_rank, get_world_size
+from mmengine.optim import OptimWrapper
+from mmengine.runner import EpochBasedTrainLoop, Runner
+
+from ..checkpoint import CheckpointError
+from ..utils.text import shorten
+
+# ---------------------------------------------------------------- random states
+
+
+def capture() -> dict[str, Any]:
+    """The random states of Python, numpy, torch and this process's GPU.
+
+    Returns:
+        dict: Plain values and tensors, which safe loading reads.
+    """
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    return dict(
+        python=random.getstate(),
+        numpy=(name, keys.tolist(), int(position), int(has_gauss), float(gauss)),
+        torch=torch.get_rng_state(),
+        cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    )
+
+
+def restore(state: dict[str, Any]) -> None:
+    """Continue from random states.
+
+    Args:
+        state (dict): What :func:`capture` returned.
+
+    Raises:
+        CheckpointError: If it is something else.
+    """
+    try:
+        name, keys, *rest = state['numpy']
+        random.setstate(state['python'])
+        np.random.set_state((name, np.array(keys, np.uint32), *rest))
+        torch.set_rng_state(state['torch'].cpu())
+        if state['cuda'] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state['cuda'].cpu())
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f'the random states in the checkpoint cannot be used: {error!r}. Was it '
+            'written by AtomicCheckpointHook? Remove `resume_state` from the file to '
+            'continue with other random numbers.'
+        ) from error
+
+
+# ---------------------------------------------------- where the run before it was
+
+
+def continue_exactly(runner: Runner, state: dict[str, Any]) -> None:
+    """Bring a resumed run to where the one that saved the checkpoint was.
+
+    A validation that follows the checkpoint is made again, unless the checkpoint was
+    saved after it: it may find the best checkpoint or change the learning rate.
+
+    Args:
+        runner (Runner): At the end of ``before_train``, resumed.
+        state (dict): ``random_states`` of all processes, and ``validated``, whether
+            the checkpoint was saved after the validation of its iteration.
+
+    Raises:
+        CheckpointError: If ``state`` is something else.
+    """
+    try:
+        states, validated = list(state['random_states']), bool(state['validated'])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f'the resume_state in the checkpoint cannot be used: {error!r}. Remove it '
+            'from the file to continue with other random numbers.'
+        ) from error
+    if len(states) == get_world_size():
+        own = states[get_rank()]
+        restore(own)
+        _call_when_advanced(runner, lambda: restore(own))
+    else:
+        runner.logger.warning(
+            f'the checkpoint was saved by {len(states)} processes, and these are '
+            f'{get_world_size()}, so that the data are dealt out otherwise and the run '
+            'continues with other random numbers.'
+        )
+    if not validated and _is_validation_due(runner):
+        runner.logger.info('Validating, as the run would have after its checkpoint.')
+        runner.val_loop.run()
+
+
+def _is_validation_due(runner: Runner) -> bool:
+    """Whether MMEngine's loops validate after the iteration or epoch of now."""
+    loop = runner.train_loop
+    if runner.val_loop is None or not hasattr(loop, 'dynamic_intervals'):
+        return False
+    if runner.message_hub.runtime_info.get('preempted_before_validation'):
+        return False  # PreemptionHook sees to it
+    done, last = runner.iter, runner.max_iters
+    if not hasattr(loop, 'dataloader_iterator'):
+        done, last = runner.epoch, runner.max_epochs
+        if runner.iter > done * len(runner.train_dataloader):
+            return False  # within an epoch, see PreemptionHook
+    stage = bisect.bisect(loop.dynamic_milestones, done + 1) - 1
+    is_turn = done % loop.dynamic_intervals[stage] == 0 or done == last
+    return done >= loop.val_begin and is_turn
+
+
+def _call_when_advanced(runner: Runner, action: Callable[[], None]) -> None:
+    """Call ``action`` right before the first batch that is new.
+
+    In iteration-based training MMEngine skips the batches that were trained on
+    already after all hooks of the start, and draws random numbers while it does so.
+    In epoch-based training there is nothing to skip.
+    """
+    loop = runner.train_loop
+    if runner.iter and hasattr(loop, 'dataloader_iterator'):
+        # an option of OneDL's MMEngine, not to skip
+        skip = 0 if getattr(loop, 'fast_forward_on_resume', False) else runner.iter
+        loop.dataloader_iterator = _CallsWhenAdvanced(loop, skip, action)
+
+
+class _CallsWhenAdvanced:
+    """Stands in for a loop's iterator while old batches are skipped."""
+
+    def __init__(self, loop: Any, skip: int, action: Callable[[], None]) -> None:
+        self._loop, self._skip, self._action = loop, skip, action
+        self._iterator = loop.dataloader_iterator
+
+    def __iter__(self) -> '_CallsWhenAdvanced':
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._iterator, name)
+
+    def __next__(self) -> Any:
+        if self._skip > 0:
+            self._skip -= 1
+            return next(self._iterator)
+        self._loop.dataloader_iterator = self._iterator
+        self._action()
+        if not hasattr(self._iterator, 'skip_iter'):
+            return next(self._iterator)
+        # OneDL's MMEngine starts the data loader only now
+        with _own_seeds(self._loop.dataloader):
+            return next(self._iterator)
+
+    def skip_iter(self, num_iters: int) -> None:
+        """Skip several batches at once, as OneDL's MMEngine does."""
+        self._skip -= num_iters
+        self._iterator.skip_iter(num_iters)
+
+
+@contextmanager
+def _own_seeds(dataloader: Any) -> Iterator[None]:
+    """Let a data loader that starts take nothing from the global random state."""
+    generator = dataloader.generator
+    if generator is None:
+        dataloader.generator = torch.Generator()
+    try:
+        yield
+    finally:
+        dataloader.generator = generator
+
+
+# --------------------------------------------------- learning rates and schedules
+
+# of a schedule: where it is, rates that follow from the optimizer's, and an option
+# that only prints
+_POSITION = ('last_step', '_global_step', '_last_value', 'base_values', 'verbose')
+
+
+def choose_schedule(runner: Runner, checkpoint: dict, source: str) -> None:
+    """Say which learning rates and schedules a resumed run uses, if it matters.
+
+    MMEngine uses those of the checkpoint and says nothing. Nothing is done for
+    several optimizers (``OptimWrapperDict``).
+
+    Args:
+        runner (Runner): Built from the config; nothing is loaded yet.
+        checkpoint (dict): Changed in place if ``source`` is ``'config'``.
+        source (str): ``'checkpoint'`` or ``'config'``. The latter replaces all fields
+            of the optimizer's groups and of the schedules, which are then where they
+            would be if the whole run had had them.
+    """
+    wrapper, schedules = runner.optim_wrapper, runner.param_schedulers or []
+    saved = checkpoint.get('optimizer')
+    if saved is None or not isinstance(wrapper, OptimWrapper):
+        return
+    pairs = list(zip(wrapper.param_groups, saved['param_groups']))
+    saved_schedules = checkpoint.get('param_schedulers', [])
+    changes = _find_changes(pairs, schedules, saved_schedules)
+    if not changes:
+        return
+    text = shorten(changes, 6)
+    if source == 'checkpoint':
+        runner.logger.warning(
+            'The run continues with the optimizer and schedules of the checkpoint, '
+            f'which are not those of the config: {text}. To use those of the config '
+            "from here on: --cfg-options default_hooks.checkpoint.schedule_from='config'."
+        )
+        return
+    runner.logger.warning(
+        'The run continues with the optimizer and schedules of the config, which are '
+        f'not those of the checkpoint: {text}.'
+    )
+    _advance(runner, schedules, checkpoint['meta']['iter'])
+    for own, group in pairs:
+        group.update((key, value) for key, value in own.items() if key != 'params')
+    checkpoint['param_schedulers'] = [schedule.state_dict() for schedule in schedules]
+
+
+def _find_changes(pairs: list, schedules: list, saved_schedules: list) -> list[str]:
+    """One text for each field that differs: ``'lr 0.001 (config: 0.002)'``."""
+    changes: dict[str, str] = {}
+
+    def compare(owner: str, own: dict, saved: dict, without: Sequence[str]) -> None:
+        for key, value in own.items():
+            if key in saved and key not in without and saved[key] != value:
+                name = owner + key.replace('initial_', '')
+                text = f'{name} {_plain(saved[key])} (config: {_plain(value)})'
+                changes.setdefault(name, text)
+
+    for own, saved in pairs:
+        # a value that is scheduled is compared by what it starts from
+        starts = [key for key in own if key.startswith('initial_')]
+        scheduled = [key.replace('initial_', '') for key in starts]
+        compare('', own, saved, ['params', *scheduled])
+    if len(schedules) != len(saved_schedules):
+        changes['schedules'] = (
+            f'{len(saved_schedules)} schedules (config: {len(schedules)})'
+        )
+    for schedule, saved in zip(schedules, saved_schedules):
+        name, own = type(schedule).__name__, schedule.state_dict()
+        compare(f'{name}.', own, saved, _POSITION)
+        if own.keys() != saved.keys():
+            fields = ', '.join(sorted(saved.keys() - own.keys()))
+            changes[name] = f'a schedule with {fields} (config: {name})'
+    return list(changes.values())
+
+
+def _plain(value: Any) -> str:
+    """Counters of milestones as their list."""
+    return str(sorted(value.elements()) if isinstance(value, Counter) else value)
+
+
+def _advance(runner: Runner, schedules: list, iterations: int) -> None:
+    """Step new schedules to where they are after some iterations."""
+    by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
+    # one that waits for a validation's metric starts anew
+    steps = [s for s in schedules if not getattr(s, 'need_val_args', False)]
+    with warnings.catch_warnings():
+        # that the optimizer was not stepped before
+        warnings.simplefilter('ignore', UserWarning)
+        for done in range(1, iterations + 1):
+            for schedule in steps:
+                if not schedule.by_epoch or (
+                    by_epoch and done % len(runner.train_dataloader) == 0
+                ):
+                    schedule.step()

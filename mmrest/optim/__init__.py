@@ -1,0 +1,6 @@
+"""What builds optimizers for MMEngine's Runner, in its root registry."""
+
+from . import amp  # noqa: F401  registers its wrapper
+from .layer_decay import LayerDecayOptimWrapperConstructor
+
+__all__ = ['LayerDecayOptimWrapperConstructor']
