@@ -1,4 +1,4 @@
-"""Deprecated names of :mod:`mmrest.hooks`, ``mmrest.optim`` and ``mmrest.strategies``."""
+"""Deprecated names of ``mmrest.hooks``, ``mmrest.optim`` and ``mmrest.strategies``."""
 
 import warnings
 

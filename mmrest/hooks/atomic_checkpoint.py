@@ -75,9 +75,10 @@ class AtomicCheckpointHook(CheckpointHook):
 
     Args:
         *args: As for ``CheckpointHook``.
-        schedule_from (str): Where a resumed run takes the optimizer's settings (learning
-            rate, weight decay, ...) and the schedules from: ``'checkpoint'``, as
-            MMEngine does, or ``'config'``. Default: ``'checkpoint'``.
+        schedule_from (str): Where a resumed run takes the optimizer's settings
+            (learning rate, weight decay, ...) and the schedules from:
+            ``'checkpoint'``, as MMEngine does, or ``'config'``. Default:
+            ``'checkpoint'``.
         **kwargs: As for ``CheckpointHook``.
 
     Raises:
@@ -157,11 +158,11 @@ class AtomicCheckpointHook(CheckpointHook):
         every = self.interval * (len(runner.train_dataloader) if self.by_epoch else 1)
         if every > 0 and every % counts:
             runner.logger.warning(
-                f'A checkpoint every {every} iterations falls between two steps, since '
-                f'optim_wrapper.accumulative_counts is {counts}; the gradients that are '
-                'accumulated then are not saved, and a resumed run is not the same run. '
-                f'Choose default_hooks.checkpoint.interval so that {counts} divides the '
-                'number of iterations.'
+                f'A checkpoint every {every} iterations falls between two steps of the '
+                f'optimizer (accumulative_counts is {counts}). The gradients that are '
+                'accumulated then are not saved, so that a resumed run is not the same '
+                'run. Choose default_hooks.checkpoint.interval so that the number of '
+                f'iterations is a multiple of {counts}.'
             )
 
     def _go_on_after(self, runner: Runner, state: dict) -> None:

@@ -186,15 +186,17 @@ _POSITION = ('last_step', '_global_step', '_last_value', 'base_values', 'verbose
 def choose_schedule(runner: Runner, checkpoint: dict, source: str) -> None:
     """Say which learning rates and schedules a resumed run uses, if it matters.
 
-    MMEngine uses those of the checkpoint and says nothing. Nothing is done for
+    MMEngine uses those of the checkpoint and says nothing, also where the schedules
+    are of other kinds, which ends in an error or in wrong rates. Nothing is done for
     several optimizers (``OptimWrapperDict``).
 
     Args:
         runner (Runner): Built from the config; nothing is loaded yet.
-        checkpoint (dict): Changed in place if ``source`` is ``'config'``.
-        source (str): ``'checkpoint'`` or ``'config'``. The latter replaces all fields
-            of the optimizer's groups and of the schedules, which are then where they
-            would be if the whole run had had them.
+        checkpoint (dict): Changed in place where those of the config are used.
+        source (str): ``'checkpoint'`` or ``'config'``. The latter replaces all
+            settings of the optimizer and the schedules, which are then where they
+            would be if the whole run had had them. It is what happens, too, if the
+            schedules of the checkpoint are of other kinds.
     """
     wrapper, schedules = runner.optim_wrapper, runner.param_schedulers or []
     saved = checkpoint.get('optimizer')
@@ -202,15 +204,29 @@ def choose_schedule(runner: Runner, checkpoint: dict, source: str) -> None:
         return
     pairs = list(zip(wrapper.param_groups, saved['param_groups']))
     saved_schedules = checkpoint.get('param_schedulers', [])
-    changes = _find_changes(pairs, schedules, saved_schedules)
+    own_schedules = [schedule.state_dict() for schedule in schedules]
+    changes: dict[str, str] = {}
+    for own, group in pairs:
+        # a value that is scheduled is compared by what it starts from
+        starts = [key for key in own if key.startswith('initial_')]
+        scheduled = [key.replace('initial_', '') for key in starts]
+        _compare('', own, group, ['params', *scheduled], changes)
+    fits = [one.keys() for one in own_schedules] == [s.keys() for s in saved_schedules]
+    if fits:
+        for schedule, own, saved in zip(schedules, own_schedules, saved_schedules):
+            name = f'{type(schedule).__name__}.'
+            _compare(name, own, saved, _POSITION, changes)
+    else:
+        kinds = ', '.join(type(schedule).__name__ for schedule in schedules)
+        changes['kinds'] = f'schedules of other kinds (config: {kinds or "none"})'
     if not changes:
         return
-    text = shorten(changes, 6)
-    if source == 'checkpoint':
+    text = shorten(changes.values(), 6)
+    if source == 'checkpoint' and fits:
         runner.logger.warning(
             'The run continues with the optimizer and schedules of the checkpoint, '
             f'which are not those of the config: {text}. To use those of the config '
-            "from here on: --cfg-options default_hooks.checkpoint.schedule_from='config'."
+            'from here on: --cfg-options default_hooks.checkpoint.schedule_from=config.'
         )
         return
     runner.logger.warning(
@@ -223,33 +239,15 @@ def choose_schedule(runner: Runner, checkpoint: dict, source: str) -> None:
     checkpoint['param_schedulers'] = [schedule.state_dict() for schedule in schedules]
 
 
-def _find_changes(pairs: list, schedules: list, saved_schedules: list) -> list[str]:
-    """One text for each field that differs: ``'lr 0.001 (config: 0.002)'``."""
-    changes: dict[str, str] = {}
-
-    def compare(owner: str, own: dict, saved: dict, without: Sequence[str]) -> None:
-        for key, value in own.items():
-            if key in saved and key not in without and saved[key] != value:
-                name = owner + key.replace('initial_', '')
-                text = f'{name} {_plain(saved[key])} (config: {_plain(value)})'
-                changes.setdefault(name, text)
-
-    for own, saved in pairs:
-        # a value that is scheduled is compared by what it starts from
-        starts = [key for key in own if key.startswith('initial_')]
-        scheduled = [key.replace('initial_', '') for key in starts]
-        compare('', own, saved, ['params', *scheduled])
-    if len(schedules) != len(saved_schedules):
-        changes['schedules'] = (
-            f'{len(saved_schedules)} schedules (config: {len(schedules)})'
-        )
-    for schedule, saved in zip(schedules, saved_schedules):
-        name, own = type(schedule).__name__, schedule.state_dict()
-        compare(f'{name}.', own, saved, _POSITION)
-        if own.keys() != saved.keys():
-            fields = ', '.join(sorted(saved.keys() - own.keys()))
-            changes[name] = f'a schedule with {fields} (config: {name})'
-    return list(changes.values())
+def _compare(
+    owner: str, own: dict, saved: dict, without: Sequence[str], changes: dict[str, str]
+) -> None:
+    """Add to ``changes`` a text a field: ``'lr 0.001 (config: 0.002)'``."""
+    for key, value in own.items():
+        if key in saved and key not in without and saved[key] != value:
+            name = owner + key.replace('initial_', '')
+            text = f'{name} {_plain(saved[key])} (config: {_plain(value)})'
+            changes.setdefault(name, text)
 
 
 def _plain(value: Any) -> str:

@@ -1,166 +1,266 @@
 """A NaN or infinite loss ends the run with its reason; checkpoints stay good."""
 
+import functools
 import math
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from rest_runs import Images, Regressor, build
+from kill_checks import same
+from mmengine.registry import OPTIMIZERS
 from torch import nn
+from toy_runs import (
+    Calls,
+    Images,
+    QuietFlexibleRunner,
+    Toy,
+    exit_codes,
+    kill_self,
+    train,
+    train_in_two,
+)
 
-
+from mmrest.checkpoint import read_checkpoint
+from mmrest.hooks import CheckNonFiniteHook, NonFiniteError
 from mmrest.hooks.nonfinite import find_source
 
-HOOK = [dict(type='CheckNonFiniteHook')]
+HOOK = dict(type='CheckNonFiniteHook')
 
 
 class Breaks(nn.Module):
-    """Gives ``value`` from its third call on."""
+    """Gives ``value`` from a call in training on."""
 
-    def __init__(self, value):
+    def __init__(self, value, call=3):
         super().__init__()
-        self.value, self.calls = value, 0
+        self.value, self.call, self.calls = value, call, 0
 
     def forward(self, x):
         self.calls += self.training and torch.is_grad_enabled()
-        return x * self.value if self.calls >= 3 else x
+        return x * self.value if self.calls >= self.call else x
 
 
-def fails(runner):
+class Gains(nn.Module):
+    """Overflows between its parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = nn.Identity()
+
+    def forward(self, x):
+        return self.part(x * 3e38 * 3e38)
+
+
+def fails(folder, model=None, data=None, hooks=(), **kwargs):
+    """The error of a run whose images come in order."""
+    checkpoint = kwargs.pop('checkpoint', dict(max_keep_ckpts=-1))
     with pytest.raises(NonFiniteError) as info:
-        runner.train()
+        train(
+            folder,
+            model,
+            data=data or Images(),
+            hooks=[HOOK, *hooks],
+            checkpoint=checkpoint,
+            **kwargs,
+        )
     return str(info.value)
 
 
-def finite(path):
-    saved = torch.load(path, weights_only=False)['state_dict']
-    return all(torch.isfinite(value).all() for value in saved.values())
+def checkpoints(folder):
+    for path in folder.glob('*.pth'):
+        state = read_checkpoint(path)['state_dict']
+        assert all(torch.isfinite(value).all() for value in state.values())
+    return {path.name for path in folder.glob('*.pth')}
 
 
-@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
-def test_first_module_is_named(tmp_path, value):
-    model = Regressor()
-    block = model.backbone.stage3[0]
-    block.attn.proj_drop = Breaks(value)
-    runner = build(tmp_path, model, iters=6, custom_hooks=HOOK)
-    text = fails(runner)
-    assert text.startswith('iteration 3: a loss is NaN or infinite.')
+@pytest.mark.parametrize('kind', ['AtomicCheckpointHook', 'CheckpointHook'])
+@pytest.mark.parametrize(
+    ('value', 'call'), [(math.nan, 3), (math.inf, 3), (-math.inf, 4)]
+)
+def test_first_module_is_named(tmp_path, value, call, kind):
+    """Also if a checkpoint or a validation is due after that very iteration."""
+    model = Toy()
+    model.body[1] = Breaks(value, call)
+    checkpoint = dict(type=kind, max_keep_ckpts=-1)
+    text = fails(tmp_path, model, validate=True, checkpoint=checkpoint)
+    names = {3: '104 images/4.jpg, 105 images/5.jpg', 4: '106 images/6.jpg, '}[call]
+    assert text.startswith(f'iteration {call}: a loss is NaN or infinite.')
     assert '100 images/0.jpg' not in text
-    assert 'process 0, images 104 images/4.jpg, 105 images/5.jpg: loss=nan' in text
-    assert 'first in backbone.stage3.0.attn.proj_drop (Breaks), from inputs' in text
+    assert f'process 0, images {names}' in text
+    assert ': loss=nan, ' in text or ': loss=inf, ' in text or ': loss=nan;' in text
+    assert 'first in body.1 (Breaks), from inputs that are finite' in text
+    assert f'(with the weights of {tmp_path / "iter_2.pth"})' in text
     assert f'{tmp_path / "iter_2.pth"}, is from before' in text
-    # neither a step nor a file with it
-    assert all(torch.isfinite(p).all() for p in model.parameters())
-    assert {p.name for p in tmp_path.glob('*.pth')} == {'iter_2.pth'}
+    assert checkpoints(tmp_path) == {'iter_2.pth'}
     assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / 'iter_2.pth')
-    assert finite(tmp_path / 'iter_2.pth')
-    log = next(tmp_path.glob('*/*.log')).read_text()
-    assert text in log
+    assert text in next(tmp_path.glob('*/*.log')).read_text()
 
 
-def test_operations_of_a_module_are_told_from_its_parts(tmp_path):
-    """An infinite sum inside a block reaches the block's norm2."""
-    model = Regressor()
-    model.backbone.stage2[0].drop_path = nn.Identity()
-    model.backbone.stage2[0].register_parameter(
-        'gain', nn.Parameter(torch.tensor(3e38))
+def test_operations_of_a_module_are_told_from_its_parts():
+    model = Toy()
+    model.body[1] = Gains()
+    batch = dict(
+        inputs=torch.rand(2, 3, 16, 16), data_samples=[Images()[0]['data_samples']] * 2
     )
-    block = model.backbone.stage2[0]
-    forward = block.forward
-    block.forward = lambda x, size: forward(x * block.gain * block.gain, size)
-    text = fails(build(tmp_path, model, custom_hooks=HOOK))
-    assert 'first in backbone.stage2.0 (Block), by its own operations' in text
-    assert 'it hands backbone.stage2.0.norm1 ' in text
-    assert 'There is no checkpoint yet.' in text
+    text = find_source(model, batch, [torch.get_rng_state()], {})
+    assert text.startswith('first in body.1 (Gains), by its own operations: it hands')
+    assert 'body.1.part 0 NaN and 32 infinite values of 32' in text
 
 
-def test_bad_images_are_named(tmp_path):
-    text = fails(build(tmp_path, data=Images(bad=[3]), custom_hooks=HOOK))
+@pytest.mark.parametrize('iters', [2, 6])
+def test_bad_images_are_named(tmp_path, iters):
+    """In the last iteration too."""
+    text = fails(tmp_path, data=Images(bad=[3]), iters=iters)
     assert 'iteration 2: ' in text
     assert 'images 102 images/2.jpg, 103 images/3.jpg' in text
     assert 'the preprocessed inputs are so already: 1 NaN and 0 infinite' in text
+    assert 'the step made with this loss has broken the parameters' in text
+    assert 'There is no checkpoint yet.' in text
+
+
+def test_module_is_found_where_the_step_was_skipped(tmp_path):
+    """As by dynamic loss scaling: the parameters are those of the iteration."""
+
+    @OPTIMIZERS.register_module(force=True)
+    class Skips(torch.optim.SGD):
+        def step(self, closure=None):
+            return None
+
+    model = Toy()
+    model.body[1] = Breaks(math.nan, call=1)
+    text = fails(tmp_path, model, optimizer=dict(type='Skips', lr=0.1))
+    assert 'first in body.1 (Breaks)' in text and 'weights of' not in text
 
 
 def test_parameters_that_were_bad_are_named(tmp_path):
-    model = Regressor()
-    runner = build(tmp_path, model, custom_hooks=HOOK)
-    model.init_weights = lambda: None  # the Runner would draw them again
+    model = Toy()
     with torch.no_grad():
-        model.backbone.stage4[0].mlp.fc1.weight[0, 0] = torch.inf
-    text = fails(runner)
-    assert 'parameters were so before this iteration: ' in text
-    assert 'backbone.stage4.0.mlp.fc1.weight' in text
+        model.head.weight[0, 0] = torch.inf
+    text = fails(tmp_path, model)
+    assert 'NaN or infinite before the first iteration: head.weight' in text
 
 
 def test_step_that_breaks_parameters_is_not_saved(tmp_path):
-    """A finite loss with an infinite gradient: found after the step, before a save."""
-    model = Regressor()
-
-    def overflow(grad):
-        overflow.calls += 1
-        return grad * torch.inf if overflow.calls == 2 else grad
-
-    overflow.calls = 0
-    model.head.bias.register_hook(overflow)
-    hooks = [*HOOK, dict(type='EMAHook')]
-    text = fails(build(tmp_path, model, custom_hooks=hooks))
+    """A finite loss with an infinite gradient."""
+    model = Toy()
+    calls = iter([1, torch.inf] + [1] * 9)
+    model.head.bias.register_hook(lambda grad: grad * next(calls))
+    text = fails(tmp_path, model, hooks=[dict(type='EMAHook')])
     assert text.startswith('iteration 2: the step made parameters NaN or infinite')
     assert 'head.bias' in text and '103 images/3.jpg' in text
-    assert not list(tmp_path.glob('*.pth'))
+    assert not checkpoints(tmp_path)
 
 
-def test_good_run_is_the_same_with_the_hook(tmp_path):
-    """Bit for bit, with dropout; a metric that is NaN is no loss."""
-    runs = []
-    for name, hooks in (('with', HOOK), ('without', [])):
-        torch.manual_seed(0)
-        model = Regressor(drop_rate=0.2, drop_path_rate=0.2, norm_eval=False)
-        seed = dict(seed=0)
-        build(tmp_path / name, model, custom_hooks=hooks, randomness=seed).train()
-        runs.append(model)
-    for a, b in zip(runs[0].state_dict().values(), runs[1].state_dict().values()):
-        assert torch.equal(a, b)
-    assert not runs[0]._forward_hooks and not runs[0]._forward_pre_hooks
+def test_preemption_saves_nothing_broken(tmp_path):
+    hooks = [
+        dict(type='PreemptionHook'),
+        Calls(functools.partial(kill_self, 'SIGTERM'), train=3),
+    ]
+    text = fails(tmp_path, data=Images(bad=[5]), hooks=hooks)
+    assert text.startswith('iteration 3: ') and checkpoints(tmp_path) == {'iter_2.pth'}
+
+
+def test_values_that_only_look_bad(tmp_path):
+    """A metric that is NaN is no loss, and large parameters are finite."""
+    model = Toy()
+    model.large = nn.Parameter(torch.full((9,), 3e38))
+    model.small = nn.Parameter(torch.full((9,), 6e4, dtype=torch.float16))
+    model.empty = nn.Parameter(torch.zeros(0))
+    model.register_buffer('count', torch.tensor(math.nan))
+    train(tmp_path, model, hooks=[HOOK])
+
+
+@pytest.mark.parametrize('runner_type', [None, QuietFlexibleRunner])
+def test_good_run_is_the_same_with_the_hook(tmp_path, runner_type):
+    options = {}
+    if runner_type:
+        strategy = dict(type='SingleDeviceStrategy')
+        options = dict(runner_type=runner_type, strategy=strategy)
+    for name, hooks in (('with', [HOOK]), ('without', [])):
+        model = train(tmp_path / name, hooks=hooks, **options).model
+        assert not model._forward_hooks and not model._forward_pre_hooks
+    one, other = (
+        read_checkpoint(tmp_path / n / 'iter_6.pth') for n in ('with', 'without')
+    )
+    for key in ('state_dict', 'optimizer', 'resume_state'):
+        assert same(one[key], other[key]), key
+
+
+def test_one_read_an_iteration(tmp_path, monkeypatch):
+    """Of the flag of the iteration before."""
+    hook, reads, inside = CheckNonFiniteHook(), [], []
+
+    def count(name):
+        original = getattr(torch.Tensor, name)
+
+        def counted(self, *args):
+            if inside:
+                reads.append(name)
+            return original(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+
+    for name in ('item', 'tolist', '__bool__', '__float__', '__int__', 'cpu', 'numpy'):
+        count(name)
+    after = hook.after_train_iter
+
+    def counted_after(*args, **kwargs):
+        inside.append(True)
+        after(*args, **kwargs)
+        inside.clear()
+
+    monkeypatch.setattr(hook, 'after_train_iter', counted_after)
+    train(tmp_path, hooks=[hook], checkpoint=dict(interval=100))
+    assert reads == ['tolist'] * 5
+
+
+def test_compiled_step_is_the_same_with_the_hook(tmp_path):
+    """As many graphs, graph breaks and recompilations with ``compile=``."""
+    counts = []
+    for name, hooks in (('with', [HOOK]), ('without', [])):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        cfg = dict(compile=dict(backend='eager'))
+        train(tmp_path / name, hooks=hooks, cfg=cfg, iters=4)
+        found = torch._dynamo.utils.counters
+        breaks = sum(found['graph_break'].values())
+        counts.append((breaks, dict(found['frames']), dict(found['stats'])))
+    assert counts[0] == counts[1] and counts[0][1]['ok'] > 0
 
 
 def test_search_repeats_the_random_draws_and_changes_nothing():
-    model = Regressor(drop_rate=0.5, norm_eval=False).train()
-    batch = dict(inputs=torch.rand(2, 3, 32, 32), data_samples=None, mode='tensor')
-    states, seen = rng_states(), []
+    model, seen = Toy(drop=0.5), []
 
     class Sees(nn.Module):
         def forward(self, x):
             seen.append(x)
             return x
 
-    model.backbone.stage4[0].drop_path = Sees()
-    model.forward = lambda inputs, **_: model.backbone(inputs)
-    model(**batch)
-    buffers = [buffer.clone() for buffer in model.buffers()]
+    model.body.append(Sees())
+    samples = [Images()[index]['data_samples'] for index in range(2)]
+    batch = dict(inputs=torch.rand(2, 3, 16, 16), data_samples=samples)
+    states = [torch.get_rng_state()]
+    model(**batch, mode='loss')
+    values = {name: value.clone() for name, value in model.state_dict().items()}
     before, draws = torch.get_rng_state(), random.getstate()
-    text = find_source(model, (), batch, states)
+    weights = {name: value.clone() for name, value in values.items()}
+    text = find_source(model, batch, states, weights)
     assert 'no module gave such a value when the batch was run again' in text
-    assert len(seen) == 4 and torch.equal(seen[0], seen[2])
-    assert torch.equal(seen[1], seen[3])
+    assert len(seen) == 2 and torch.equal(*seen)
     assert torch.equal(torch.get_rng_state(), before) and random.getstate() == draws
-    assert all(map(torch.equal, buffers, model.buffers()))
+    assert same(values, dict(model.state_dict()))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_one_process_ends_all(repo, tmp_path):
-    worker = Path(__file__).with_name('rest_runs.py')
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
-    command += ['--nproc_per_node', '2', str(worker), str(tmp_path)]
-    result = subprocess.run(
-        command, cwd=repo, capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode != 0
-    # both processes say the same, with the batch of each
-    assert result.stderr.count('NonFiniteError: iteration 3: a loss is NaN') == 2
-    assert 'process 0, images 104 images/4.jpg: loss=nan' in result.stderr
-    assert 'process 1, images 105 images/5.jpg: its losses are finite' in result.stderr
-    assert finite(tmp_path / 'iter_2.pth')
-    assert {p.name for p in tmp_path.glob('*.pth')} == {'iter_2.pth'}
+@pytest.mark.slow
+def test_one_process_ends_all(tmp_path):
+    """Both say the same, with the batch of each, and nothing bad is saved."""
+
+    run = tmp_path / 'run'
+    # one image each: the fifth image is process 0's third
+    options = dict(data=Images(bad=[4]), batch_size=1, iters=4)
+    assert exit_codes(train_in_two(run, lambda rank: [HOOK], **options)) == [1, 1]
+    assert checkpoints(run) == {'iter_2.pth'}
+    log = next(run.glob('*/*.log')).read_text()
+    assert 'iteration 3: a loss is NaN' in log
+    assert 'process 0, images 104 images/4.jpg: loss=nan' in log
+    assert 'process 1, images 105 images/5.jpg: its losses are finite' in log

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from kill_checks import needs_past_data, same
+from torch.utils.data import DataLoader
 from toy_runs import (
     FORK,
     Calls,
@@ -25,7 +26,6 @@ from toy_runs import (
     train,
     train_in_two,
 )
-from torch.utils.data import DataLoader
 
 from mmrest.checkpoint import read_checkpoint
 from mmrest.hooks import Preempted, PreemptionHook, StopSignals, WorkerShield
@@ -68,9 +68,7 @@ def undisturbed(tmp_path_factory):
         folder = tmp_path_factory.mktemp('undisturbed')
         options = dict(num_workers=workers)
         hooks = [Validations(), *([dict(type='EMAHook')] if ema else [])]
-        train(
-            folder, hooks=hooks, epochs=epochs, validate=True, loader_options=options
-        )
+        train(folder, hooks=hooks, epochs=epochs, validate=True, loader_options=options)
         return folder
 
     return run

@@ -190,8 +190,7 @@ def build(
             batch_size=batch_size,
             **(loader_options or {}),
         ),
-        train_cfg=train_cfg
-        or dict(by_epoch=epochs > 0, val_interval=every, **loop),
+        train_cfg=train_cfg or dict(by_epoch=epochs > 0, val_interval=every, **loop),
         optim_wrapper=dict(
             optimizer=optimizer or dict(type='SGD', lr=0.01, momentum=0.9),
             **(optim_wrapper or {}),
