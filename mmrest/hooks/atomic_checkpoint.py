@@ -23,7 +23,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from ..checkpoint import read_checkpoint
-from ..checkpoint.atomic import remove_unfinished, save_whole, write_whole
+from ..checkpoint.atomic import atomic_save, atomic_write, remove_unfinished
 from . import exact_resume
 from .nonfinite import check_before_saving
 
@@ -192,13 +192,13 @@ class AtomicCheckpointHook(CheckpointHook):
         )
         try:
             if self._local:
-                self._save_whole(runner, step, meta)
+                self._atomic_save(runner, step, meta)
             else:
                 super()._save_checkpoint_with_step(runner, step, meta)
         finally:
             self._saved_state = None
 
-    def _save_whole(self, runner: Runner, step: int, meta: dict) -> None:
+    def _atomic_save(self, runner: Runner, step: int, meta: dict) -> None:
         self._note_kept(runner, step)
         path = os.path.join(self.out_dir, self.filename_tmpl.format(step))
         runner.message_hub.update_info('last_ckpt', path)
@@ -222,7 +222,7 @@ class AtomicCheckpointHook(CheckpointHook):
             if is_main_process():
                 Path(beside).write_text(path)
 
-        save_whole(os.path.join(runner.work_dir, 'last_checkpoint'), name_it)
+        atomic_save(os.path.join(runner.work_dir, 'last_checkpoint'), name_it)
         self._remove_outdated()
 
     def _note_kept(self, runner: Runner, step: int) -> None:
@@ -265,7 +265,7 @@ class AtomicCheckpointHook(CheckpointHook):
         torch.save(kept, buffer)
         digest = hashlib.sha256(buffer.getbuffer()).hexdigest()[:8]
         path = f'{os.path.splitext(ckpt_path)[0]}-{digest}.pth'
-        write_whole(path, buffer.getbuffer())
+        atomic_write(path, buffer.getbuffer())
         runner.logger.info(
             f'{ckpt_path} is published as {path}, without {", ".join(removed)}.'
         )
@@ -328,4 +328,4 @@ class _WritesWhole:
         def save(beside: str) -> None:
             self._runner.save_checkpoint(out_dir, os.path.basename(beside), **kwargs)
 
-        save_whole(os.path.join(out_dir, filename), save)
+        atomic_save(os.path.join(out_dir, filename), save)

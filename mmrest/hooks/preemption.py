@@ -32,7 +32,7 @@ from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..checkpoint.atomic import write_whole
+from ..checkpoint.atomic import atomic_write
 from ..utils.delayed_flag import DelayedFlag
 from . import exact_resume
 from .nonfinite import check_before_saving
@@ -560,7 +560,7 @@ def _save(runner: Runner, done: int) -> str:
         runner.save_checkpoint(runner.work_dir, name, meta=meta, by_epoch=False)
         path = osp.join(runner.work_dir, name)
         if is_main_process():
-            write_whole(osp.join(runner.work_dir, 'last_checkpoint'), path.encode())
+            atomic_write(osp.join(runner.work_dir, 'last_checkpoint'), path.encode())
         return path
     is_extra = hook.by_epoch
     with _by_iterations(hook):

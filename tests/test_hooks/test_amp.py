@@ -9,7 +9,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData
-from rest_runs import ARCH
+from toy_runs import ARCH
 
 from mmrest import ResT
 

@@ -1,11 +1,27 @@
-"""What FSDP makes of ResT in one process; two processes: tests/test_tools."""
+"""FSDP by blocks of ResT; the tools with it: tests/test_tools/test_fsdp.py."""
 
+import functools
+import os
+
+import pytest
+import torch
 import torch.distributed as dist
-from preempt_runs import in_process
-from rest_runs import ARCH, Regressor
+from mmengine.registry import MODEL_WRAPPERS
+from torch.distributed.fsdp import FullyShardedDataParallel
+from toy_runs import (
+    ARCH,
+    Images,
+    QuietFlexibleRunner,
+    Regressor,
+    exit_codes,
+    in_process,
+    in_two_processes,
+    train,
+)
 
+from mmrest.checkpoint import read_checkpoint
 from mmrest.models.rest import Block
-from mmrest.strategies.fsdp import BlockFSDPStrategy, rest_block_wrap_policy
+from mmrest.strategies import BlockFSDPStrategy, rest_block_wrap_policy
 
 
 def test_policy_asks_for_blocks_alone():
@@ -22,9 +38,6 @@ def test_policy_asks_for_blocks_alone():
 
 def test_every_block_is_a_unit(tmp_path):
     def check():
-        from mmengine.registry import MODEL_WRAPPERS
-        from torch.distributed.fsdp import FullyShardedDataParallel
-
         meeting = f'file://{tmp_path / "meeting"}'
         dist.init_process_group('gloo', init_method=meeting, rank=0, world_size=1)
         strategy = BlockFSDPStrategy(work_dir=str(tmp_path))
@@ -33,5 +46,63 @@ def test_every_block_is_a_unit(tmp_path):
         units = FullyShardedDataParallel.fsdp_modules(model)
         kinds = [type(unit.module).__name__ for unit in units]
         assert sorted(kinds) == ['Block'] * 4 + ['Regressor']
+        with pytest.raises(ValueError, match='clip_grad has foreach, which clipping'):
+            strategy.build_optim_wrapper(
+                dict(
+                    optimizer=dict(type='SGD', lr=0.1),
+                    clip_grad=dict(max_norm=1, foreach=False),
+                ),
+                model,
+            )
 
     assert in_process(check) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'clip', [dict(max_norm=0.01), dict(max_norm=0.01, norm_type=1), None]
+)
+def test_clips_by_the_norm_of_the_whole_gradient(tmp_path, clip):
+    """As DistributedDataParallel does; with SGD and a rate of 1 steps are gradients."""
+    options = dict(
+        data=Images(size=32),
+        iters=2,
+        optimizer=dict(type='SGD', lr=1.0),
+        optim_wrapper=dict(clip_grad=clip),
+        param_scheduler=None,
+        batch_size=1,
+        launcher='pytorch',
+    )
+
+    def train_with(rank, strategy, **kwargs):
+        # the strategy finds the group
+        os.environ['CUDA_VISIBLE_DEVICES'] = ''
+        torch.manual_seed(0)
+        train(
+            tmp_path / strategy['type'],
+            Regressor(),
+            runner_type=QuietFlexibleRunner,
+            strategy=strategy,
+            **options,
+        )
+
+    fsdp = dict(type='BlockFSDPStrategy')
+    ddp = dict(type='DDPStrategy', model_wrapper=dict(device_ids=None))
+    for strategy in (ddp, fsdp):
+        run = functools.partial(train_with, strategy=strategy)
+        assert exit_codes(in_two_processes(run, tmp_path)) == [0, 0]
+    ours, theirs = (
+        read_checkpoint(tmp_path / kind['type'] / 'iter_2.pth')['state_dict']
+        for kind in (fsdp, ddp)
+    )
+    torch.manual_seed(0)
+    start = Regressor().state_dict()
+    # DDPStrategy saves the names of the wrapped model
+    theirs = {name.removeprefix('module.'): value for name, value in theirs.items()}
+    assert ours.keys() == theirs.keys()
+    torch.manual_seed(0)
+    start = Regressor().state_dict()
+    moved = max((theirs[name] - value).abs().max() for name, value in start.items())
+    assert moved > 1e-4
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-6)
