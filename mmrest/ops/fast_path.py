@@ -83,6 +83,8 @@ def is_exporting() -> bool:
 @torch.compiler.assume_constant_result
 def is_transformed() -> bool:
     """Whether a transform of ``torch.func`` (``grad``, ``vmap``, ...) is at work."""
+    if torch.compiler.is_compiling():
+        return False  # Dynamo has answers of its own to the question below
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 

@@ -54,6 +54,21 @@ def test_compiles_without_a_break(variant, training):
     compare(model, reference, image(SIZES[0]))
 
 
+def test_compilers_keep_the_operator():
+    """No map is stored: three stages of several heads, one operator for each block."""
+    torch._dynamo.reset()
+    targets = []
+
+    def backend(graph, _):
+        targets.extend(str(n.target) for n in graph.graph.nodes)
+        return graph.forward
+
+    model = tiny('published')
+    model.compile(fullgraph=True, backend=backend)
+    model(image(SIZES[0]))
+    assert sum('mmrest.head_interaction_attention' in t for t in targets) == 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('training', [False, True])
 def test_inductor_at_several_sizes(training):
