@@ -11,8 +11,7 @@ from weights_rule import fill, image
 
 from mmrest import ResT, ResTV2
 
-TINY_V2 = {key: value for key, value in TINY.items()}
-BACKBONES = {'rest': (ResT, TINY), 'restv2': (ResTV2, TINY_V2)}
+BACKBONES = {'rest': (ResT, TINY), 'restv2': (ResTV2, TINY)}
 BOTH = pytest.mark.parametrize('name', BACKBONES)
 
 
