@@ -530,7 +530,7 @@ class ResT(BaseResT):
         out_norm (str): ``'chain'``, as in the published detectors: the normalised
             map of a requested stage is also what the next stage receives.
             ``'branch'`` normalises the output alone. Default: ``'chain'``.
-        attn_impl (str): ``'auto'``, ``'tiled'`` or ``'dense'``, see
+        attn_impl (str): ``'auto'``, ``'tiled'``, ``'triton'`` or ``'dense'``, see
             :func:`mmrest.ops.head_interaction_attention`. Default: ``'auto'``.
         stem_cfg (str | dict): ``'rest'``, ``'resnet'`` or ``'patch'``, alone or as
             ``type`` of a dict with options, as the next two; see

@@ -5,9 +5,12 @@
                         stored: the reference that all others are tested against
 ``tiled``               the same in memory that does not grow with the maps, see
                         :mod:`mmrest.ops.tiled`
+``triton``              tiles whose steps between the products are fused, for CUDA,
+                        see :mod:`mmrest.ops.triton_head_interaction`
 ======================  ============================================================
 """
 
+import warnings
 from typing import Callable, Optional
 
 import torch
@@ -16,8 +19,9 @@ from torch import Tensor
 
 from .fast_path import is_exporting, is_transformed
 from .tiled import tiled_head_interaction_attention
+from .triton_head_interaction import triton_head_interaction_attention, why_not
 
-ATTN_IMPLS = ('auto', 'tiled', 'dense')
+ATTN_IMPLS = ('auto', 'tiled', 'triton', 'dense')
 
 
 def head_interaction_attention(
@@ -53,7 +57,9 @@ def head_interaction_attention(
             evaluation. Default: 0.
         attn_impl (str): ``'dense'`` stores every map and is the definition;
             ``'tiled'`` gives the same in memory that grows with N, not N x M
-            (first-order gradients only, and no ``torch.func.grad``); ``'auto'`` is
+            (first-order gradients only, and no ``torch.func.grad``); ``'triton'`` is
+            ``'tiled'`` with fused kernels for CUDA, and falls back to it with a
+            warning where they do not apply; ``'auto'`` is
             ``'tiled'``, except while a model is exported to TorchScript or ONNX and
             under the transforms of ``torch.func``. Default: ``'auto'``.
         tile_rows (int, optional): Query rows of a tile. Default: chosen from the
@@ -65,17 +71,17 @@ def head_interaction_attention(
 
     Raises:
         ValueError: If a shape, type or option does not fit.
-        RuntimeError: If ``'tiled'`` was asked for and the model is being exported to
-            TorchScript or ONNX.
+        RuntimeError: If ``'tiled'`` or ``'triton'`` was asked for and the model is
+            being exported to TorchScript or ONNX.
     """
     check_attn_impl(attn_impl)
     _check_inputs(q, k, v, weight, bias)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     heads = q.shape[1]
-    if attn_impl == 'tiled' and is_exporting():
+    if attn_impl in ('tiled', 'triton') and is_exporting():
         raise RuntimeError(
-            "attn_impl='tiled' is an operator of mmrest, which TorchScript and ONNX do "
-            "not know. Build the model with attn_impl='auto' or 'dense' to export it."
+            f'attn_impl={attn_impl!r} is an operator of mmrest, which TorchScript and '
+            "ONNX do not know. Build the model with attn_impl='auto' or 'dense' to export it."
         )
     if attn_impl == 'dense' or (
         attn_impl == 'auto' and (is_exporting() or is_transformed())
@@ -84,8 +90,20 @@ def head_interaction_attention(
         return dense_head_interaction_attention(
             q, k, v, lambda maps: F.conv2d(maps, kernel, bias), scale, eps, dropout_p
         )
+    matrix = weight.reshape(heads, heads)
+    if attn_impl == 'triton':
+        reason = why_not(q, k, v, dropout_p)
+        if reason is None:
+            return triton_head_interaction_attention(
+                q, k, v, matrix, scale, eps, bias, tile_rows
+            )
+        warnings.warn(
+            f"attn_impl='triton' cannot be used here: {reason}. 'tiled' is used.",
+            UserWarning,
+            stacklevel=2,
+        )
     return tiled_head_interaction_attention(
-        q, k, v, weight.reshape(heads, heads), bias, scale, eps, dropout_p, tile_rows
+        q, k, v, matrix, bias, scale, eps, dropout_p, tile_rows
     )
 
 

@@ -235,3 +235,10 @@ def test_tiles_stay_within_the_budget(batch, heads, queries, keys):
     row_bytes = heads * keys * 4
     budget = max(128 * 2**20, 64 * row_bytes)  # meta counts as a large device
     assert tile.images * tile.rows * row_bytes <= budget
+
+
+def test_triton_falls_back_to_tiled_with_a_warning():
+    inputs = make_inputs(Shape(1, 2, 8, 5, 4))
+    with pytest.warns(UserWarning, match="needs CUDA tensors.*'tiled' is used"):
+        found = head_interaction_attention(**inputs, attn_impl='triton')
+    assert torch.equal(found, head_interaction_attention(**inputs, attn_impl='tiled'))
