@@ -81,7 +81,8 @@ def head_interaction_attention(
     if attn_impl in ('tiled', 'triton') and is_exporting():
         raise RuntimeError(
             f'attn_impl={attn_impl!r} is an operator of mmrest, which TorchScript and '
-            "ONNX do not know. Build the model with attn_impl='auto' or 'dense' to export it."
+            "ONNX do not know. Build the model with attn_impl='auto' or 'dense' to "
+            'export it.'
         )
     if attn_impl == 'dense' or (
         attn_impl == 'auto' and (is_exporting() or is_transformed())
