@@ -37,6 +37,8 @@ _CLASSIFIERS = {
         'retinanet': 'bbox_head.retina_cls.weight',
     },
 }
+# the last convolution with a kernel in the stem, as wide as stage 1
+_STEMS = {'ResT': 'stem.conv3.weight', 'ResTV2': 'stem.proj.3.weight'}
 
 
 class ConversionError(ValueError):
@@ -88,8 +90,9 @@ def recognise(state_dict: Mapping[str, Tensor], form: str = 'detectron2') -> Det
         )
     (kind,) = kinds
     prefix = BACKBONE_PREFIX if form == 'detectron2' else 'backbone.'
-    arch = _arch(state_dict, prefix)
-    return Detector(kind, arch, _num_classes(state_dict, kind, classifiers[kind]))
+    backbone, arch = _backbone(state_dict, prefix)
+    num_classes = _num_classes(state_dict, kind, classifiers[kind])
+    return Detector(kind, arch, num_classes, backbone)
 
 
 def to_mmdet(state_dict: Mapping[str, Tensor]) -> Conversion:
@@ -107,7 +110,7 @@ def to_mmdet(state_dict: Mapping[str, Tensor]) -> Conversion:
             detectors, or hold NaN or infinite values.
     """
     detector = recognise(state_dict)
-    known_constants = constants(detector.kind)
+    known_constants = constants(detector.kind, detector.backbone)
     stored = {k: v for k, v in state_dict.items() if k in known_constants}
     _check_constants(stored, known_constants)
     weights = {k: v for k, v in state_dict.items() if k not in stored}
@@ -165,7 +168,8 @@ def _describe(state_dict: Mapping[str, Tensor]) -> str:
     """Say what a checkpoint that was not recognised looks like."""
     if not state_dict:
         return 'the checkpoint is empty'
-    if 'head.weight' in state_dict and 'stem.conv1.weight' in state_dict:
+    imagenet = ('stem.conv1.weight', 'stem.proj.0.weight')
+    if 'head.weight' in state_dict and any(n in state_dict for n in imagenet):
         return (
             'this is an ImageNet checkpoint, which needs no conversion: name it in '
             "backbone.init_cfg=dict(type='Pretrained', checkpoint=...)"
@@ -187,15 +191,22 @@ def _describe(state_dict: Mapping[str, Tensor]) -> str:
     return f'found {len(state_dict)} tensors: {shorten(state_dict, 5)}'
 
 
-def _arch(state_dict: Mapping[str, Tensor], prefix: str) -> str:
-    """Recognise the backbone by the width of its stem and its depths."""
-    if f'{prefix}stem.proj.0.weight' in state_dict:
+def _backbone(state_dict: Mapping[str, Tensor], prefix: str) -> tuple[str, str]:
+    """Recognise class and arch by the width of the stem and the depths."""
+    names = {backbone: prefix + name for backbone, name in _STEMS.items()}
+    backbones = [
+        backbone
+        for backbone, name in names.items()
+        if name in state_dict and state_dict[name].dim() == 4
+    ]
+    if len(backbones) != 1:
+        wanted = ', '.join(f'{name} ({backbone})' for backbone, name in names.items())
+        problem = 'both are there' if backbones else 'missing or no weight'
         raise ConversionError(
-            'the backbone is a ResTv2; this converter knows the detectors of ResT (v1)'
+            f'no backbone ResT or ResTV2: it has one of {wanted}; {problem}'
         )
-    stem = state_dict.get(f'{prefix}stem.conv3.weight')
-    if stem is None or stem.dim() != 4:
-        raise ConversionError(f'no ResT backbone: {prefix}stem.conv3.weight is missing')
+    (backbone,) = backbones
+    stem = state_dict[names[backbone]]
     depths = [0] * 4
     for name in state_dict:
         block = re.match(re.escape(prefix) + r'stage([1-4])\.(\d+)\.', name)
@@ -203,12 +214,12 @@ def _arch(state_dict: Mapping[str, Tensor], prefix: str) -> str:
             stage = int(block[1]) - 1
             depths[stage] = max(depths[stage], int(block[2]) + 1)
     found = (stem.shape[0], tuple(depths))
-    known = {arch: (s.embed_dims[0], s.depths) for arch, s in ARCHS.items()}
+    known = {a: (s.embed_dims[0], s.depths) for a, s in ARCHS[backbone].items()}
     for arch, sizes in known.items():
         if sizes == found:
-            return arch
+            return backbone, arch
     raise ConversionError(
-        'no known ResT: the channels after the stem and the blocks of the four '
+        f'no known {backbone}: the channels after the stem and the blocks of the four '
         f'stages are {found}; known are {known}'
     )
 

@@ -23,7 +23,18 @@ from mmrest.version import __version__
 from .detectron2 import Conversion, ConversionError, to_detectron2, to_mmdet
 from .layout import Detector
 
-PUBLISHED_ARCHS = ('small', 'base')
+# Configs of the published detectors. Those of ResT differ from what one trains today.
+PUBLISHED_CONFIGS = {
+    **{
+        f'{kind}_rest_{arch}': f'{kind}/rest_{arch}_fpn_1x_published.py'
+        for kind in ('mask_rcnn', 'retinanet')
+        for arch in ('small', 'base')
+    },
+    **{
+        f'mask_rcnn_restv2_{arch}': f'mask_rcnn/restv2_{arch}_fpn_3x.py'
+        for arch in ('tiny', 'small', 'base')
+    },
+}
 FORMATS = ('pth', 'safetensors')
 
 
@@ -40,12 +51,13 @@ def published_config(detector: Detector) -> str:
     Raises:
         ConversionError: If no detector with this backbone was published.
     """
-    if detector.arch not in PUBLISHED_ARCHS:
+    if detector.name not in PUBLISHED_CONFIGS:
         raise ConversionError(
-            f'no {detector.kind} with ResT-{detector.arch} was published, so no '
-            f'config exists for it; published are {" and ".join(PUBLISHED_ARCHS)}'
+            f'no {detector.kind} with {detector.backbone}-{detector.arch} was '
+            'published, so no config exists for it; published are '
+            f'{", ".join(PUBLISHED_CONFIGS)}'
         )
-    return f'{detector.kind}/rest_{detector.arch}_fpn_1x_published.py'
+    return PUBLISHED_CONFIGS[detector.name]
 
 
 def dataset_meta(

@@ -5,17 +5,26 @@ published (detectron2) checkpoints, the name in mmdet's modules, the shape, and
 whether the nine RetinaNet anchors have to be reordered.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mmrest.models.rest import ARCHS, ResT
+from mmrest.models import rest, restv2
 
 # Stages that feed the FPN. Requesting other stages would change the features.
 OUT_INDICES = {'mask_rcnn': (0, 1, 2, 3), 'retinanet': (1, 2, 3)}
 BACKBONE_PREFIX = 'backbone.bottom_up.'
+
+BACKBONES = {'ResT': rest.ResT, 'ResTV2': restv2.ResTV2}
+ARCHS = {'ResT': rest.ARCHS, 'ResTV2': restv2.ARCHS}
+# Mean and standard deviation of the pixels. Published ResT detectors take BGR pixels.
+PIXELS = {
+    'ResT': ((103.53, 116.28, 123.675), (1.0, 1.0, 1.0)),
+    'ResTV2': ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+}
 
 FPN_CHANNELS = 256
 RPN_ANCHORS = 3
@@ -34,14 +43,22 @@ class Detector:
         kind (str): ``'mask_rcnn'`` or ``'retinanet'``.
         arch (str): The backbone's name, as ``'small'``.
         num_classes (int): Classes without background.
+        backbone (str): ``'ResT'`` or ``'ResTV2'``. Default: ``'ResT'``.
     """
 
     kind: str
     arch: str
     num_classes: int
+    backbone: str = 'ResT'
+
+    @property
+    def name(self) -> str:
+        """As in the names of configs, e.g. ``'mask_rcnn_restv2_tiny'``."""
+        return f'{self.kind}_{self.backbone.lower()}_{self.arch}'
 
     def __str__(self) -> str:
-        return f'{self.kind} rest_{self.arch}, {self.num_classes} classes'
+        backbone = self.backbone.lower()
+        return f'{self.kind} {backbone}_{self.arch}, {self.num_classes} classes'
 
 
 @dataclass(frozen=True)
@@ -82,9 +99,13 @@ def _layer(
 
 def _backbone(detector: Detector) -> Iterator[Entry]:
     with torch.device('meta'):  # names and shapes only, no memory
-        model = ResT(detector.arch, out_indices=OUT_INDICES[detector.kind])
+        build = BACKBONES[detector.backbone]
+        model = build(detector.arch, out_indices=OUT_INDICES[detector.kind])
     for name, tensor in model.state_dict().items():
-        yield Entry(BACKBONE_PREFIX + name, f'backbone.{name}', tuple(tensor.shape))
+        # the norm of an output of ResTV2 is the only layer of a Sequential there
+        published = re.sub(r'^(norm_\d)\.', r'\1.0.', name)
+        shape = tuple(tensor.shape)
+        yield Entry(BACKBONE_PREFIX + published, f'backbone.{name}', shape)
 
 
 def _fpn(embed_dims: tuple[int, ...], out_indices: tuple[int, ...]) -> Iterator[Entry]:
@@ -180,7 +201,7 @@ def entries(detector: Detector) -> list[Entry]:
     Returns:
         list[Entry]: One entry for each tensor, backbone first.
     """
-    dims = ARCHS[detector.arch].embed_dims
+    dims = ARCHS[detector.backbone][detector.arch].embed_dims
     result = list(_backbone(detector))
     result += _fpn(dims, OUT_INDICES[detector.kind])
     if detector.kind == 'mask_rcnn':
@@ -206,7 +227,7 @@ def swap_anchor_order(tensor: Tensor) -> Tensor:
     return grid.transpose(0, 1).reshape(tensor.shape).contiguous()
 
 
-def constants(kind: str) -> dict[str, Tensor]:
+def constants(kind: str, backbone: str = 'ResT') -> dict[str, Tensor]:
     """Tensors that detectron2 may store although they are no weights.
 
     Older releases of detectron2 wrote the pixel statistics and the anchors of
@@ -215,13 +236,15 @@ def constants(kind: str) -> dict[str, Tensor]:
 
     Args:
         kind (str): ``'mask_rcnn'`` or ``'retinanet'``.
+        backbone (str): ``'ResT'`` or ``'ResTV2'``. Default: ``'ResT'``.
 
     Returns:
         dict[str, Tensor]: Name to the values of the published models.
     """
+    mean, std = PIXELS[backbone]
     result = {
-        'pixel_mean': torch.tensor([103.53, 116.28, 123.675]).view(3, 1, 1),
-        'pixel_std': torch.ones(3, 1, 1),
+        'pixel_mean': torch.tensor(mean).view(3, 1, 1),
+        'pixel_std': torch.tensor(std).view(3, 1, 1),
     }
     if kind == 'mask_rcnn':
         prefix, octaves = 'proposal_generator.anchor_generator.cell_anchors', [1.0]

@@ -472,6 +472,20 @@ class BaseResT(BaseModule):
                 return sum(depths[:i]) + int(name.split('.')[1]) + 1, num_layers
         return num_layers - 1, num_layers
 
+    def get_stage_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Say the same in stages: the stem is 0, stage 1 is 1, the rest the last.
+
+        Arguments and result are those of :meth:`get_layer_depth`.
+        """
+        num_stages = self.num_stages + 2
+        name = param_name[len(prefix) :] if param_name.startswith(prefix) else ''
+        for i in range(self.num_stages):
+            if name.startswith(f'{self.entry_names[i]}.'):
+                return i, num_stages
+            if name.startswith(f'stage{i + 1}.'):
+                return i + 1, num_stages
+        return num_stages - 1, num_stages
+
     def explain_names(self, names: Sequence[str]) -> str:
         """Say so if the names in a checkpoint are those of another generation."""
         for kind, starts in GENERATIONS.items():

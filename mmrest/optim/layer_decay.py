@@ -14,6 +14,8 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
+# which method of a backbone says how deep a parameter lies
+_DEPTHS = dict(layer_wise='get_layer_depth', stage_wise='get_stage_depth')
 # what FullyShardedDataParallel and activation checkpointing put into names
 _WRAPPERS = ('_fsdp_wrapped_module.', '_checkpoint_wrapped_module.')
 
@@ -30,7 +32,9 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     Args:
         optim_wrapper_cfg (dict): Config of the optimizer wrapper; its optimizer
             names an ``lr``.
-        paramwise_cfg (dict): ``layer_decay_rate`` (float), above 0 and at most 1,
+        paramwise_cfg (dict): ``layer_decay_rate`` (float), above 0 and at most 1;
+            ``decay_type`` (str), ``'layer_wise'`` (default) or ``'stage_wise'``, where
+            the blocks of a stage are one layer, with the patch embedding that follows;
             and any option of MMEngine's ``DefaultOptimWrapperConstructor``, such as
             ``norm_decay_mult``, ``bias_decay_mult`` or ``custom_keys``, whose
             ``lr_mult`` is multiplied with the layer's factor.
@@ -57,6 +61,12 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 'paramwise_cfg of LayerDecayOptimWrapperConstructor needs '
                 f'layer_decay_rate, a number above 0 and at most 1, found {rate!r}'
             )
+        kind = self.paramwise_cfg.get('decay_type', 'layer_wise')
+        if kind not in _DEPTHS:
+            raise ValueError(
+                'decay_type of LayerDecayOptimWrapperConstructor must be one of '
+                f'{", ".join(map(repr, _DEPTHS))}, found {kind!r}'
+            )
         if self.base_lr is None:
             raise ValueError(
                 'LayerDecayOptimWrapperConstructor multiplies the learning rate: give '
@@ -76,10 +86,11 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             self._scale_by_layer(params, module)
 
     def _scale_by_layer(self, params: list[dict], model: nn.Module) -> None:
-        owners = _find_owners(model)
+        method = _DEPTHS[self.paramwise_cfg.get('decay_type', 'layer_wise')]
+        owners = _find_owners(model, method)
         if not owners:
             raise ValueError(
-                f'{type(model).__name__} has no part with get_layer_depth, which '
+                f'{type(model).__name__} has no part with {method}, which '
                 'layer-wise learning-rate decay asks for the layer of a parameter. '
                 'ResT has it; for another backbone use the default constructor.'
             )
@@ -102,22 +113,22 @@ def _clean(name: str) -> str:
     return name
 
 
-def _find_owners(model: nn.Module) -> dict[str, Callable]:
-    """``get_layer_depth`` of the outermost parts that have it, by their prefix."""
+def _find_owners(model: nn.Module, method: str) -> dict[str, Callable]:
+    """The method of the outermost parts that have it, by their prefix."""
     owners = {}
     for name, module in model.named_modules():
         prefix = _clean(f'{name}.') if name else ''
         inside = any(prefix.startswith(owner) for owner in owners)
         # a wrapped module's attributes are seen through its wrapper
-        if hasattr(module, 'get_layer_depth') and not inside:
-            owners[prefix] = module.get_layer_depth
+        if hasattr(module, method) and not inside:
+            owners[prefix] = getattr(module, method)
     return owners
 
 
 def _layer_of(name: str, owners: dict[str, Callable]) -> tuple[int, int]:
-    for prefix, get_layer_depth in owners.items():
+    for prefix, get_depth in owners.items():
         if name.startswith(prefix):
-            return get_layer_depth(name[len(prefix) :])
+            return get_depth(name[len(prefix) :])
     # necks and heads: the last layer of the first backbone
     _, num_layers = next(iter(owners.values()))('')
     return num_layers - 1, num_layers

@@ -43,16 +43,6 @@ def published(detector_shapes, data_dir):
     return make
 
 
-def empty(shapes):
-    """Zeros under the given names, with integers for the counters."""
-    return {
-        name: torch.zeros(
-            shape, dtype=torch.long if name.endswith('tracked') else torch.float32
-        )
-        for name, shape in shapes.items()
-    }
-
-
 @pytest.fixture(scope='session')
 def published_config(repo):
     """Read a _published config: published_config(kind, arch)."""

@@ -25,6 +25,16 @@ PUBLISHED = [
 ]
 
 
+def empty(shapes):
+    """Zeros under the given names, with integers for the counters."""
+    return {
+        name: torch.zeros(
+            shape, dtype=torch.long if name.endswith('tracked') else torch.float32
+        )
+        for name, shape in shapes.items()
+    }
+
+
 def preprocess(image_bgr) -> Tensor:
     """HxWx3 uint8 BGR to a normalised 1x3xH'xW' tensor, sides multiples of 32."""
     image = torch.as_tensor(image_bgr).permute(2, 0, 1).float()

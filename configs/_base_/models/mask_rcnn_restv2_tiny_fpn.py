@@ -1,0 +1,18 @@
+# Mask R-CNN on ResTv2-Tiny, with the heads that ResT has. The other sizes override a
+# few fields of this file.
+_base_ = './mask_rcnn_rest_small_fpn.py'
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='ResTV2',
+        arch='tiny',
+        out_indices=(0, 1, 2, 3),
+        drop_path_rate=0.1,
+        frozen_stages=-1,
+        # Published by the ResT authors, https://github.com/wofmanaf/ResT (the
+        # ImageNet weights "ResTv2-T" at 224). Without: model.backbone.init_cfg=None
+        init_cfg=dict(type='Pretrained', checkpoint='pretrained/restv2_tiny.pth'),
+    ),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)

@@ -1,0 +1,4 @@
+_base_ = './restv2_tiny_8xb64_384_in1k.py'
+
+model = dict(backbone=dict(arch='small', drop_path_rate=0.2))
+load_from = 'pretrained/restv2_small.pth'

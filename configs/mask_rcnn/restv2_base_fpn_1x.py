@@ -1,0 +1,7 @@
+# The published recipe for a third of its iterations; the authors have no such run.
+_base_ = [
+    '../_base_/models/mask_rcnn_restv2_base_fpn.py',
+    '../_base_/datasets/coco_instance_crop.py',
+    '../_base_/schedules/schedule_1x_amp_clip.py',
+    '../_base_/default_runtime.py',
+]
