@@ -13,6 +13,7 @@ from weights_rule import fill
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / 'test_tools')]  # published_form, tool_runs
 
+from published_form import empty  # noqa: E402
 from tool_runs import call_tool  # noqa: E402
 
 

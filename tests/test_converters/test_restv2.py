@@ -1,13 +1,13 @@
-"""Published files of the second generation: Mask R-CNN (detectron2), UPerNet (mmseg)."""
+"""Published files of ResTV2: Mask R-CNN (detectron2) and UPerNet (mmseg 0.x)."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import empty
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
+from published_form import empty
 from test_golden_detectors import as_dict, assert_same_detections
 from weights_rule import fill
 
@@ -16,6 +16,7 @@ from mmrest.converters.files import convert_to_detectron2, convert_to_mmdet, sav
 from mmrest.converters.layout import constants
 
 ARCHS = ('tiny', 'small', 'base')
+RECIPE = 'upernet_160k_ade20k_512x512'
 # 2.5 times what lies between the golden arrays and the same network in float64
 SCORES = 4e-4
 
@@ -49,9 +50,7 @@ def test_names_and_shapes_are_the_published_ones(arch, detector_shapes):
     expected = detector_shapes[f'mask_rcnn_restv2_{arch}']
     found = {entry.detectron2: entry for entry in entries(detector(arch))}
     assert {name: list(entry.shape) for name, entry in found.items()} == expected
-    names = {
-        name: torch.empty(shape, device='meta') for name, shape in expected.items()
-    }
+    names = {n: torch.empty(shape, device='meta') for n, shape in expected.items()}
     assert recognise(names) == detector(arch)
     names = {e.mmdet: names[e.detectron2] for e in found.values()}
     assert recognise(names, 'mmdet') == detector(arch)
@@ -102,7 +101,7 @@ def test_published_upernet_has_our_names(repo, data_dir, arch):
     """So that a file of mmseg 0.x loads with ``strict=True``."""
     shapes = read_json(data_dir, 'mmseg_checkpoint_keys')[f'upernet_restv2_{arch}']
     with torch.device('meta'):
-        model = build(repo, f'upernet/restv2_{arch}_upernet_160k_ade20k_512x512.py')
+        model = build(repo, f'upernet/restv2_{arch}_{RECIPE}.py')
     found = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     assert found == shapes
 
@@ -112,7 +111,7 @@ def test_golden_upernet(repo, data_dir):
     from weights_rule import image
 
     golden = np.load(data_dir / 'golden_upernet_restv2_tiny.npz')
-    model = build(repo, 'upernet/restv2_tiny_upernet_160k_ade20k_512x512.py')
+    model = build(repo, f'upernet/restv2_tiny_{RECIPE}.py')
     shapes = read_json(data_dir, 'mmseg_checkpoint_keys')['upernet_restv2_tiny']
     model.load_state_dict(fill(empty(shapes)), strict=True)
     model.double()
@@ -133,10 +132,7 @@ def test_golden_upernet(repo, data_dir):
     [
         *((f'mask_rcnn/restv2_{a}_fpn_3x.py', f'mask_rcnn_restv2_{a}') for a in ARCHS),
         *(
-            (
-                f'upernet/restv2_{a}_upernet_160k_ade20k_512x512.py',
-                f'upernet_restv2_{a}',
-            )
+            (f'upernet/restv2_{a}_{RECIPE}.py', f'upernet_restv2_{a}')
             for a in ('tiny', 'base')
         ),
     ],
