@@ -33,7 +33,7 @@ Every sum has a fixed order: results are the same in every run.
 
 import math
 from types import SimpleNamespace
-from typing import Any, Optional
+from typing import Any, Optional, no_type_check
 
 import torch
 from torch import Tensor
@@ -147,6 +147,7 @@ def _jit(function: Any) -> Any:
 
 
 @_jit
+@no_type_check
 def _mix(weight, maps, i: tl.constexpr, HEADS: tl.constexpr):
     """``sum_j weight[i, j] maps[j]``."""
     total = tl.load(weight + i * HEADS) * maps[0]
@@ -156,6 +157,7 @@ def _mix(weight, maps, i: tl.constexpr, HEADS: tl.constexpr):
 
 
 @_jit
+@no_type_check
 def _load_maps(maps_at, step, block, mask, HEADS: tl.constexpr):
     """The blocks of all heads, in float32; 0 outside the mask."""
     maps = ()
@@ -166,12 +168,14 @@ def _load_maps(maps_at, step, block, mask, HEADS: tl.constexpr):
 
 
 @_jit
+@no_type_check
 def _fold(block, LANE: tl.constexpr):
     """Sums of the LANE neighbours that one thread holds, (ROWS, 32)."""
     return tl.sum(tl.reshape(block, (block.shape[0], 32, LANE)), axis=2)
 
 
 @_jit
+@no_type_check
 def forward_kernel(
     scores,
     weight,
@@ -253,6 +257,7 @@ def forward_kernel(
 
 
 @_jit
+@no_type_check
 def backward_kernel(
     scores,
     grads,
@@ -369,6 +374,7 @@ def backward_kernel(
 
 
 @_jit
+@no_type_check
 def dot_kernel(
     a,
     b,
