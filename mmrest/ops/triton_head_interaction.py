@@ -49,11 +49,16 @@ except ImportError:  # PyTorch for CPUs comes without it
 else:
     HAS_TRITON = True
 
+MIN_TRITON = (3, 4)
+MIN_CAPABILITY = (8, 0)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # With more, the kernels want more registers than a thread has.
 MAX_HEADS = 8
 # Query rows of a program of the row kernels, which is as many warps: one row each.
 ROWS = 4
+# By itself, the assembler spills a register or two of some kernels, so that one more
+# block fits on a multiprocessor.
+PTX_OPTIONS = '--register-usage-level 3'
 # Rows of the score tiles start at multiples of this many entries, so that loads are
 # 16 bytes wide and the products find aligned operands.
 ROW_ALIGNMENT = 16
@@ -68,10 +73,9 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Optional
         v (Tensor): Values, of shape (B, h, M, d).
         dropout_p (float): Dropout on the normalised map. Default: 0.
     """
-    if not HAS_TRITON:
-        return 'Triton is not installed'
-    if q.device.type != 'cuda' and not (q.device.type == 'cpu' and _interprets()):
-        return f'it needs CUDA tensors, found {q.device.type}'
+    problem = _device_problem(q.device.type, q.device.index)
+    if problem is not None:
+        return problem
     if q.dtype not in DTYPES:
         names = ', '.join(str(dtype).split('.')[-1] for dtype in DTYPES)
         return f'it supports {names}, found {str(q.dtype).split(".")[-1]}'
@@ -85,13 +89,29 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Optional
 
 
 def is_available() -> bool:
-    """Whether Triton is installed and has a device to run on."""
-    return HAS_TRITON and (torch.cuda.is_available() or _interprets())
+    """Whether the kernels can run on the current device."""
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    return _device_problem(device, None) is None
 
 
-def _interprets() -> bool:
-    """Whether Triton was imported with ``TRITON_INTERPRET=1``, for tests on a CPU."""
-    return HAS_TRITON and not isinstance(forward_kernel, triton.JITFunction)
+@torch.compiler.assume_constant_result
+def _device_problem(device: str, index: Optional[int]) -> Optional[str]:
+    """Why the kernels cannot run on a device; None if they can."""
+    if not HAS_TRITON:
+        return 'Triton is not installed'
+    if tuple(map(int, triton.__version__.split('.')[:2])) < MIN_TRITON:
+        wanted = '.'.join(map(str, MIN_TRITON))
+        return f'it needs Triton {wanted} or newer, found {triton.__version__}'
+    # TRITON_INTERPRET=1 leaves no compiled functions: tests on a CPU
+    if device == 'cpu' and not isinstance(forward_kernel, triton.JITFunction):
+        return None
+    if device != 'cuda' or torch.version.hip is not None:
+        return f'it needs tensors on an NVIDIA GPU, found {device}'
+    if torch.cuda.get_device_capability(index) < MIN_CAPABILITY:
+        wanted = '.'.join(map(str, MIN_CAPABILITY))
+        found = '.'.join(map(str, torch.cuda.get_device_capability(index)))
+        return f'it needs compute capability {wanted} or newer, found {found}'
+    return None
 
 
 def triton_head_interaction_attention(
@@ -365,9 +385,10 @@ def backward_kernel(
     share = grad_weight + (image * rows + row[:, None]) * COUNT
     for start in tl.static_range(0, COUNT, 32):
         sum_of = tl.zeros((ROWS, 32), tl.float32)
-        for index in tl.static_range(start, min(start + 32, COUNT)):
-            value = tl.sum(weight_sums[index], axis=1)[:, None]
-            sum_of = tl.where(entry == index - start, value, sum_of)
+        for index in tl.static_range(32):
+            if start + index < COUNT:
+                value = tl.sum(weight_sums[start + index], axis=1)[:, None]
+                sum_of = tl.where(entry == index, value, sum_of)
         # in units of ln 2, as r and c are
         mask = inside[:, None] & (start + entry < COUNT)
         tl.store(share + start + entry, sum_of * 1.4426950408889634, mask=mask)
@@ -469,7 +490,7 @@ def _attend(
             maps, mix, statistics[images, rows],
             length, num_keys, work.row_stride, num_queries,
             HEADS=heads, ROWS=ROWS, LANE=choose_lane(heads, q.element_size()),
-            num_warps=ROWS,
+            num_warps=ROWS, ptx_options=PTX_OPTIONS,
         )  # fmt: skip
         product = q.new_empty(count * heads, length, dim)
         _multiply(maps, v_tile, out=product, factor=num_keys**-0.5)
@@ -520,7 +541,7 @@ def _differentiate(
             grad_dot_out[images], share,
             length, num_keys, work.row_stride, num_queries,
             HEADS=heads, ROWS=ROWS, LANE=choose_lane(heads, q.element_size()),
-            num_warps=ROWS,
+            num_warps=ROWS, ptx_options=PTX_OPTIONS,
         )  # fmt: skip
         shares.append(share.sum(0))
         product = q.new_empty(count * heads, length, dim)
