@@ -59,11 +59,11 @@ def shorten_polygons(content: bytes) -> bytes:
 
 
 def _shorten(match: 're.Match[bytes]') -> bytes:
-    text = match[1]
-    if b'0' * 7 in text.translate(_ZEROS):  # far off, or of many decimals
+    text = match[1].translate(_ZEROS)
+    if b'0' * 7 in text:  # far off, or of many decimals
         return match[0]
     lengths = [
-        part.count(b',', part.rfind(b'[')) + (b'0' in part.translate(_ZEROS))
+        part.count(b',', part.rfind(b'[')) + (b'0' in part)
         for part in text.split(b']')[:-2]
     ]
     return f'"{_LENGTHS}":{lengths}'.encode()
