@@ -1,5 +1,6 @@
 """What other tools leave out of an annotation file is filled in, or named."""
 
+import inspect
 import json
 import math
 
@@ -17,9 +18,14 @@ FIELDS = ('iscrowd', 'area')
 TRIANGLE = [10, 10, 30, 10, 10, 30]  # 200 pixels; its box has 400
 
 
+@pytest.fixture(autouse=True)
+def _as_pycocotools_has_it(monkeypatch):
+    """Whatever another test called before; put back at the end."""
+    monkeypatch.setattr(COCO, 'createIndex', inspect.unwrap(COCO.createIndex))
+
+
 @pytest.fixture
-def filled(monkeypatch):
-    monkeypatch.setattr(COCO, 'createIndex', COCO.createIndex)  # put back at the end
+def filled():
     fill_coco_fields()
     assert fields_are_filled()
 

@@ -1,6 +1,6 @@
 """Each finding before a run names the thing, what was found and what to do."""
 
-import importlib
+import importlib.util
 import shutil
 import sys
 
@@ -322,6 +322,30 @@ def test_a_resumed_run_reads_no_data_again(cfg, dataset, finding):
 def test_other_formats_and_storage_are_passed_over(scope, dataset):
     loader = dict(dataset=dataset)
     check_config(Config(dict(default_scope=scope, train_dataloader=loader)))
+
+
+def load_tool(repo, name):
+    spec = importlib.util.spec_from_file_location(name, repo / 'tools' / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tool_that_checks_the_data_alone(repo, cfg, dataset, monkeypatch, capfd):
+    """Heads and checkpoints of the config are not its matter."""
+    cfg.load_from = 'nowhere.pth'
+    cfg.dump(dataset / 'config.py')
+    tool = load_tool(repo, 'check_dataset')
+    command = ['check_dataset.py', str(dataset / 'config.py')]
+    monkeypatch.setattr(sys, 'argv', [*command, '--stage', 'test'])
+    tool.main()
+    assert 'Preflight passed. test: 3 images' in ''.join(capfd.readouterr())
+    (dataset / 'images' / 'train_2.jpg').write_bytes(b'<html>' * 9)
+    monkeypatch.setattr(sys, 'argv', command)
+    with pytest.raises(SystemExit, match=r'(?s)check_dataset.py: 1 problem.*train_2'):
+        tool.main()
+    monkeypatch.setattr(sys, 'argv', [*command, '--decode', '0'])
+    tool.main()
 
 
 def test_the_old_module_is_an_alias():
