@@ -6,6 +6,7 @@
 ``safe_globals.py``      what safe loading needs for MMEngine's checkpoints
 ``url_loaders.py``       safe loading of whatever a process reads
 ``state_dict.py``        the tensors in a file, whatever they are wrapped in
+``comparison.py``        those of a file against those of a module
 ``loading.py``           tensors go into a module: all that fit, or none
 ``classifier.py``        published classifiers in MMPretrain's model
 ``load_from.py``         will MMEngine load what is meant?

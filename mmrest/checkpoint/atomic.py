@@ -54,13 +54,13 @@ def atomic_path(path: PathLike) -> Iterator[str]:
         raise
 
 
-def atomic_write(path: PathLike, content: bytes) -> None:
+def atomic_write(path: PathLike, content: Union[bytes, memoryview]) -> None:
     """Write a file whole or not at all.
 
     Args:
         path (str | Path): The file; one that exists is replaced. Its folder is
             created.
-        content (bytes): What it holds.
+        content (bytes | memoryview): What it holds.
 
     Raises:
         CheckpointWriteError: If that fails. An older file is untouched.

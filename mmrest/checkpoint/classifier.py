@@ -12,7 +12,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
-from .loading import adapt, compare, describe_defects, explain, tensors_of
+from .comparison import adapt, compare, describe_defects, explain, tensors_of
 from .reading import CheckpointError
 from .state_dict import find_state_dict, shared_prefix
 

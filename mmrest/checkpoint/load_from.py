@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..utils.text import shorten
 from .classifier import PublishedClassifierHook
-from .loading import COUNTER, adapt, compare, describe_defects, explain, tensors_of
+from .comparison import COUNTER, adapt, compare, describe_defects, explain, tensors_of
 from .reading import CheckpointError, RefusedError, Source, read_checkpoint
 from .resume import Latest, on_first_process
 from .state_dict import as_mmengine_reads

@@ -3,6 +3,7 @@
 It is read once, by the first process, which tells the others.
 """
 
+import logging
 import os
 import re
 import zipfile
@@ -11,10 +12,11 @@ from typing import Any, Callable, NamedTuple, Optional, TypeVar
 
 import torch
 from mmengine.dist import all_gather_object, broadcast_object_list, is_main_process
+from mmengine.logging import print_log
 from torch import Tensor
 
 from ..utils.text import shorten
-from .loading import describe_defects
+from .comparison import describe_defects
 from .reading import CheckpointError, RefusedError, Source, read_checkpoint
 from .state_dict import as_mmengine_reads
 
@@ -149,6 +151,8 @@ def inspect_latest(path: Source) -> Latest:
     except RefusedError as error:
         if not error.is_for_newer_torch:
             raise
+        # as MMEngine does there, the run goes on; it is no worse than without us
+        print_log(f'Not checked: {error}', logger='current', level=logging.WARNING)
         return Latest(path, None, -1)
     broken = _broken_part(path)
     if broken is not None:

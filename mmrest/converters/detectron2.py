@@ -13,7 +13,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from mmrest.checkpoint.loading import compare, describe_defects, is_counter
+from mmrest.checkpoint.comparison import compare, describe_defects, is_counter
 from mmrest.utils.text import shorten
 
 from .layout import (

@@ -12,7 +12,8 @@ from weights_rule import fill
 
 from mmrest import ResT
 from mmrest.checkpoint import CheckpointError, load_pretrained, pretrained_options
-from mmrest.checkpoint.loading import adapt_input_channels, matches
+from mmrest.checkpoint.comparison import matches
+from mmrest.checkpoint.loading import adapt_input_channels
 
 
 class Net(nn.Module):
