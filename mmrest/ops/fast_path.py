@@ -80,7 +80,6 @@ def is_exporting() -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
 def is_transformed() -> bool:
     """Whether a transform of ``torch.func`` (``grad``, ``vmap``, ...) is at work."""
     if torch.compiler.is_compiling():
