@@ -11,7 +11,7 @@ import logging
 import os
 import os.path as osp
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -305,7 +305,9 @@ def check_start(
     check_load_from(model, start, exact=exact, hooks=runner.hooks)
 
 
-def check_before_run(cfg: Config, args: argparse.Namespace, stage: str) -> list:
+def check_before_run(
+    cfg: Config, args: argparse.Namespace, stage: str
+) -> list[tuple[int, str]]:
     """Look for what stands in the way of a run, on the first process of a machine.
 
     Args:
@@ -314,7 +316,7 @@ def check_before_run(cfg: Config, args: argparse.Namespace, stage: str) -> list:
         stage (str): ``'train'`` or ``'test'``.
 
     Returns:
-        list: A report for :func:`build_runner`, which logs it.
+        list[tuple[int, str]]: A report for :func:`build_runner`, which logs it.
 
     Raises:
         PreflightError: With everything that was found.
@@ -325,7 +327,7 @@ def check_before_run(cfg: Config, args: argparse.Namespace, stage: str) -> list:
 
 
 def build_runner(
-    cfg: Config, notes: Sequence = (), runner_type: type[Runner] = Runner
+    cfg: Config, notes: list[tuple[int, str]], runner_type: type[Runner] = Runner
 ) -> Any:
     """Make the Runner; the process group, if needed, must be there.
 

@@ -159,7 +159,7 @@ def train_with_amp(cfg: Config, requested: str) -> None:
         wrapper.setdefault('loss_scale', 'dynamic')
 
 
-def test_with_amp(model: nn.Module, requested: str) -> None:
+def test_with_amp(model: Any, requested: str) -> None:
     """Make the test steps of a model run in mixed precision.
 
     Args:

@@ -77,7 +77,9 @@ class _Forward(nn.Module):
 @contextmanager
 def _dense_attention(model: nn.Module) -> Iterator[None]:
     """Tracing knows PyTorch's operators alone."""
-    tiled = [m for m in model.modules() if getattr(m, 'attn_impl', '') == 'tiled']
+    tiled: list[Any] = [
+        m for m in model.modules() if getattr(m, 'attn_impl', '') == 'tiled'
+    ]
     for module in tiled:
         module.attn_impl = 'dense'
     try:

@@ -26,7 +26,7 @@ class EvaluationRunner(Runner):
     iteration, and mmseg's hook asks when it draws.
     """
 
-    iter = epoch = 0  # type: ignore[assignment]
+    iter = epoch = 0
 
 
 def draw_predictions(
