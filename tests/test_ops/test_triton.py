@@ -19,10 +19,7 @@ from torch import Tensor
 
 from mmrest.ops import head_interaction_attention
 from mmrest.ops import triton_head_interaction as kernels
-from mmrest.ops.triton_head_interaction import (
-    triton_head_interaction_attention,
-    why_not,
-)
+from mmrest.ops.triton_head_interaction import why_not
 
 triton = pytest.importorskip('triton', reason='needs Triton')
 
@@ -33,7 +30,7 @@ runs_kernels = pytest.mark.skipif(
     reason='needs CUDA; test_in_the_interpreter runs it in a process of its own',
 )
 needs_cuda = pytest.mark.skipif(DEVICE.type == 'cpu', reason='needs CUDA')
-compiles = pytest.mark.skipif(INTERPRETED, reason='the interpreter compiles nothing')
+compiles = pytest.mark.skipif(INTERPRETED, reason='needs no interpreter')
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALVES = DTYPES[1:]
@@ -120,13 +117,10 @@ class Case:
 
     def triton(self, tile_rows=None, layout=None):
         assert why_not(self.q, self.k, self.v) is None
-
-        def function(q, k, v, weight, bias):
-            return triton_head_interaction_attention(
-                q, k, v, weight, self.scale, 1e-5, bias, tile_rows
-            )
-
-        return self.run(function, layout=layout)
+        options = dict(attn_impl='triton', tile_rows=tile_rows)
+        return self.run(
+            lambda *x: head_interaction_attention(*x, **options), layout=layout
+        )
 
     def floors(self) -> dict[str, float]:
         """What rounding may leave of a result that is 0 in theory."""
@@ -285,10 +279,8 @@ def test_compiles_whole():
     torch._dynamo.reset()
     case = Case(Shape(1, 2, 6, 5, 8), torch.float32)
 
-    def function(q, k, v, weight, bias):
-        if why_not(q, k, v) is not None:
-            return q
-        return triton_head_interaction_attention(q, k, v, weight, 0.5, 1e-5, bias) * 2
+    def function(*x):
+        return head_interaction_attention(*x, attn_impl='triton') * 2
 
     compiled = torch.compile(function, fullgraph=True, backend='aot_eager')
     expected, found = case.run(function), case.run(compiled)
@@ -300,7 +292,7 @@ def test_compiles_whole():
 def test_second_order_gradients_are_refused():
     case = Case(Shape(1, 2, 5, 4, 8), torch.float32)
     q = case.q.requires_grad_()
-    out = triton_head_interaction_attention(q, case.k, case.v, case.weight, 0.5, 1e-5)
+    out = head_interaction_attention(q, case.k, case.v, case.weight, attn_impl='triton')
     (grad_q,) = torch.autograd.grad(out.sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="attn_impl='dense'"):
         grad_q.sum().backward()
@@ -325,6 +317,8 @@ def test_what_the_kernels_cannot_do(heads, keys, dtype, options, reason):
         assert reason in why_not(q, k, k, **options)
 
 
+@compiles
+@pytest.mark.slow
 def test_without_triton():
     """In a process where its import fails, as with PyTorch for CPUs."""
     code = (
@@ -378,10 +372,8 @@ def test_waits_for_nothing_and_fits_into_a_graph():
 def test_inductor_at_two_sizes():
     torch._dynamo.reset()
 
-    def function(q, k, v, weight, bias):
-        q = q * 2
-        out = triton_head_interaction_attention(q, k, v, weight, 0.3, 1e-5, bias)
-        return out.relu()
+    def function(q, *others):
+        return head_interaction_attention(q * 2, *others, attn_impl='triton').relu()
 
     compiled = torch.compile(function, fullgraph=True)
     for queries, keys in ((100, 63), (131, 70)):
