@@ -1,33 +1,10 @@
-"""Deprecated names of ``mmrest.hooks``, ``mmrest.optim`` and ``mmrest.strategies``."""
+"""Deprecated: what was here is in ``mmrest.hooks``, ``optim`` and ``strategies``."""
 
 import warnings
 
-from .hooks import (
-    CheckNonFiniteHook,
-    LabelRangeError,
-    LabelRangeHook,
-    NonFiniteError,
-    Preempted,
-    PreemptionHook,
-    StopSignals,
-    WholeCheckpointHook,
-)
-from .optim import LayerDecayOptimWrapperConstructor
-from .strategies import BlockFSDPStrategy, rest_block_wrap_policy
-
-__all__ = [
-    'BlockFSDPStrategy',
-    'CheckNonFiniteHook',
-    'LayerDecayOptimWrapperConstructor',
-    'LabelRangeError',
-    'LabelRangeHook',
-    'NonFiniteError',
-    'Preempted',
-    'PreemptionHook',
-    'StopSignals',
-    'WholeCheckpointHook',
-    'rest_block_wrap_policy',
-]
+from .hooks import *  # noqa: F403
+from .optim import *  # noqa: F403
+from .strategies import *  # noqa: F403
 
 warnings.warn(
     'mmrest.engine is now mmrest.hooks, mmrest.optim and mmrest.strategies',

@@ -96,8 +96,9 @@ class AtomicCheckpointHook(CheckpointHook):
                 f"'config', found {schedule_from!r}"
             )
         self._schedule_from = schedule_from
+        self.file_backend: Any = None
         self._local = False
-        self._saved_state: Optional[dict] = None
+        self._saved_state: dict = {}
         self._loaded_state: Optional[dict] = None
         self._before_val: Optional[dict] = None
         self._postponed: Optional[list] = None
@@ -136,7 +137,7 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Add what is needed to continue exactly; a best checkpoint is not for that."""
-        if self._saved_state is not None:
+        if self._saved_state:
             checkpoint[RESUME_STATE] = self._saved_state
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -196,7 +197,7 @@ class AtomicCheckpointHook(CheckpointHook):
             else:
                 super()._save_checkpoint_with_step(runner, step, meta)
         finally:
-            self._saved_state = None
+            self._saved_state = {}
 
     def _atomic_save(self, runner: Runner, step: int, meta: dict) -> None:
         self._note_kept(runner, step)
@@ -263,9 +264,9 @@ class AtomicCheckpointHook(CheckpointHook):
         kept = {key: checkpoint[key] for key in checkpoint if key not in removed}
         buffer = io.BytesIO()
         torch.save(kept, buffer)
-        digest = hashlib.sha256(buffer.getbuffer()).hexdigest()[:8]
+        digest = hashlib.sha256(buffer.getvalue()).hexdigest()[:8]
         path = f'{os.path.splitext(ckpt_path)[0]}-{digest}.pth'
-        atomic_write(path, buffer.getbuffer())
+        atomic_write(path, buffer.getvalue())
         runner.logger.info(
             f'{ckpt_path} is published as {path}, without {", ".join(removed)}.'
         )

@@ -30,10 +30,16 @@ def capture() -> dict[str, Any]:
     Returns:
         dict: Plain values and tensors, which safe loading reads.
     """
-    name, keys, position, has_gauss, gauss = np.random.get_state()
+    numpy: Any = np.random.get_state(legacy=False)
     return dict(
         python=random.getstate(),
-        numpy=(name, keys.tolist(), int(position), int(has_gauss), float(gauss)),
+        numpy=(
+            numpy['bit_generator'],
+            numpy['state']['key'].tolist(),
+            int(numpy['state']['pos']),
+            int(numpy['has_gauss']),
+            float(numpy['gauss']),
+        ),
         torch=torch.get_rng_state(),
         cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     )
@@ -97,23 +103,34 @@ def continue_exactly(runner: Runner, state: dict[str, Any]) -> None:
             f'{get_world_size()}, so that the data are dealt out otherwise and the run '
             'continues with other random numbers.'
         )
-    if not validated and _is_validation_due(runner):
+    if not validated and _is_validation_skipped(runner):
         runner.logger.info('Validating, as the run would have after its checkpoint.')
         runner.val_loop.run()
 
 
-def _is_validation_due(runner: Runner) -> bool:
-    """Whether MMEngine's loops validate after the iteration or epoch of now."""
+def _is_validation_skipped(runner: Runner) -> bool:
+    """Whether the checkpoint was saved right before a validation."""
+    if runner.message_hub.runtime_info.get('preempted_before_validation'):
+        return False  # PreemptionHook sees to it
+    if isinstance(runner.train_loop, EpochBasedTrainLoop):
+        if runner.iter > runner.epoch * len(runner.train_dataloader):
+            return False  # within an epoch, see PreemptionHook
+        return is_validation_due(runner, runner.epoch)
+    return is_validation_due(runner, runner.iter)
+
+
+def is_validation_due(runner: Runner, done: int) -> bool:
+    """Whether MMEngine's training loops validate at a moment.
+
+    Args:
+        runner (Runner): In training.
+        done (int): Iterations or, in epoch-based training, epochs that are done.
+    """
     loop = runner.train_loop
     if runner.val_loop is None or not hasattr(loop, 'dynamic_intervals'):
         return False
-    if runner.message_hub.runtime_info.get('preempted_before_validation'):
-        return False  # PreemptionHook sees to it
-    done, last = runner.iter, runner.max_iters
-    if not hasattr(loop, 'dataloader_iterator'):
-        done, last = runner.epoch, runner.max_epochs
-        if runner.iter > done * len(runner.train_dataloader):
-            return False  # within an epoch, see PreemptionHook
+    by_epoch = isinstance(loop, EpochBasedTrainLoop)
+    last = runner.max_epochs if by_epoch else runner.max_iters
     stage = bisect.bisect(loop.dynamic_milestones, done + 1) - 1
     is_turn = done % loop.dynamic_intervals[stage] == 0 or done == last
     return done >= loop.val_begin and is_turn

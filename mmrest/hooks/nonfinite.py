@@ -1,7 +1,6 @@
 """End a training at a NaN or infinite loss, with the reason and good checkpoints."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -208,7 +207,7 @@ def _weights_before(work_dir: str) -> tuple[Optional[dict[str, Tensor]], str]:
         return None, f' ({latest} cannot be read: {error})'
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def _unwrap(model: Any) -> Any:
     return model.module if is_model_wrapper(model) else model
 
 
@@ -239,7 +238,7 @@ def nonfinite_parameters(model: nn.Module) -> list[str]:
 
 
 def find_source(
-    model: nn.Module,
+    model: Any,
     batch: Any,
     random_states: list[Tensor],
     weights: Optional[dict[str, Tensor]],
@@ -247,11 +246,11 @@ def find_source(
     """Say what in a training iteration is the first that is NaN or infinite.
 
     The inputs are looked at first, then, in a second pass without gradients, what
-    enters and leaves each module. Parameters, buffers, such as the statistics of
-    BatchNorm, and the random state are as before afterwards.
+    enters and leaves each module. The run is over: the random state changes, and the
+    statistics of BatchNorm may.
 
     Args:
-        model (nn.Module): A model of MMEngine, without its wrapper.
+        model (BaseModel): Without its wrapper.
         batch (Any): What the data loader gave.
         random_states (list[Tensor]): Of the CPU and the current GPU, before the pass.
         weights (dict[str, Tensor], optional): Parameters and buffers to use in place
@@ -261,7 +260,10 @@ def find_source(
     found: list[str] = []
     handles = _watch(model, found)
     try:
-        with torch.no_grad(), _unchanged(model, random_states):
+        torch.set_rng_state(random_states[0])
+        if len(random_states) > 1:
+            torch.cuda.set_rng_state(random_states[1])
+        with torch.no_grad():
             data = model.data_preprocessor(batch, True)
             count = _first_count(data.get('inputs') if isinstance(data, dict) else data)
             if count:
@@ -354,18 +356,3 @@ def _random_states() -> list[Tensor]:
     if torch.cuda.is_available():
         states.append(torch.cuda.get_rng_state())
     return states
-
-
-@contextmanager
-def _unchanged(model: nn.Module, states: list[Tensor]) -> Iterator[None]:
-    """Start from ``states``; afterwards random state and buffers are as now."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with torch.random.fork_rng():
-        torch.set_rng_state(states[0])
-        if len(states) > 1:
-            torch.cuda.set_rng_state(states[1])
-        try:
-            yield
-        finally:
-            for buffer, value in buffers:
-                buffer.data.copy_(value)

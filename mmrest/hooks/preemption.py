@@ -29,7 +29,6 @@ from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..checkpoint.atomic import atomic_write
@@ -289,7 +288,7 @@ def _renew_loader(runner: Runner, loop: BaseLoop) -> bool:
     Returns:
         bool: Whether the loop needs a new iterator.
     """
-    iterator = getattr(loop, 'dataloader_iterator', None)
+    iterator: Any = getattr(loop, 'dataloader_iterator', None)
     # OneDL's MMEngine starts the workers with the first batch
     if getattr(iterator, '_iterator', None) is None or not loop.dataloader.num_workers:
         return False
@@ -323,21 +322,15 @@ class RestOfBatches:
     def __init__(self, batch_sampler: Any, done: int) -> None:
         self._batch_sampler = batch_sampler
         self._done = done
-        self._state: Optional[Tensor] = None
+        self._state = torch.get_rng_state()
 
     def __iter__(self) -> Iterator:
-        # a loader with workers calls this before and after it draws their seed
-        if self._state is None:
-            self._state = torch.get_rng_state()
-        return self._batches()
-
-    def _batches(self) -> Iterator:
         batches = iter(self._batch_sampler)
         if self._done:
             for _ in range(self._done):
                 next(batches, None)
             self._done = 0
-            # what the start of an epoch draws was drawn before the checkpoint
+            # what is drawn at the start of an epoch was drawn before the checkpoint
             torch.set_rng_state(self._state)
         yield from batches
 
@@ -464,7 +457,7 @@ class PreemptionHook(Hook):
             return
         done = runner.iter + 1
         by_iterations = not isinstance(runner.train_loop, EpochBasedTrainLoop)
-        validate = by_iterations and _is_validation_due(runner, done)
+        validate = by_iterations and exact_resume.is_validation_due(runner, done)
         if by_iterations and done >= runner.max_iters and not validate:
             return  # it ends by itself
         self._stop(runner, done, validate)
@@ -539,15 +532,6 @@ def _find(runner: Runner, kind: type) -> Any:
 def _is_after_step(runner: Runner) -> bool:
     """Whether no gradients are accumulated (``accumulative_counts``)."""
     return getattr(runner.optim_wrapper, 'should_update', lambda: True)()
-
-
-def _is_validation_due(runner: Runner, done: int) -> bool:
-    """Whether an iteration-based loop would validate after ``done`` iterations."""
-    return (
-        runner.val_loop is not None
-        and done >= runner.val_begin
-        and (done % runner.val_interval == 0 or done == runner.max_iters)
-    )
 
 
 def _save(runner: Runner, done: int) -> str:

@@ -6,7 +6,6 @@ mmpretrain's does, and leaves everything else to MMEngine's default constructor.
 """
 
 from collections.abc import Callable
-from numbers import Real
 from typing import Optional, Union
 
 from mmengine.logging import print_log
@@ -55,8 +54,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def _validate_cfg(self) -> None:
         super()._validate_cfg()
         rate = self.paramwise_cfg.get('layer_decay_rate')
-        fits = isinstance(rate, Real) and not isinstance(rate, bool) and 0 < rate <= 1
-        if not fits:
+        is_number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
+        if not is_number or not 0 < rate <= 1:
             raise ValueError(
                 'paramwise_cfg of LayerDecayOptimWrapperConstructor needs '
                 f'layer_decay_rate, a number above 0 and at most 1, found {rate!r}'
@@ -115,7 +114,7 @@ def _clean(name: str) -> str:
 
 def _find_owners(model: nn.Module, method: str) -> dict[str, Callable]:
     """The method of the outermost parts that have it, by their prefix."""
-    owners = {}
+    owners: dict[str, Callable] = {}
     for name, module in model.named_modules():
         prefix = _clean(f'{name}.') if name else ''
         inside = any(prefix.startswith(owner) for owner in owners)

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import random
 
 import pytest
 import torch
@@ -213,6 +212,7 @@ def test_one_read_an_iteration(tmp_path, monkeypatch):
     assert reads == ['tolist'] * 5
 
 
+@pytest.mark.slow
 def test_compiled_step_is_the_same_with_the_hook(tmp_path):
     """As many graphs, graph breaks and recompilations with ``compile=``."""
     counts = []
@@ -227,7 +227,7 @@ def test_compiled_step_is_the_same_with_the_hook(tmp_path):
     assert counts[0] == counts[1] and counts[0][1]['ok'] > 0
 
 
-def test_search_repeats_the_random_draws_and_changes_nothing():
+def test_search_repeats_the_random_draws():
     model, seen = Toy(drop=0.5), []
 
     class Sees(nn.Module):
@@ -240,14 +240,13 @@ def test_search_repeats_the_random_draws_and_changes_nothing():
     batch = dict(inputs=torch.rand(2, 3, 16, 16), data_samples=samples)
     states = [torch.get_rng_state()]
     model(**batch, mode='loss')
-    values = {name: value.clone() for name, value in model.state_dict().items()}
-    before, draws = torch.get_rng_state(), random.getstate()
-    weights = {name: value.clone() for name, value in values.items()}
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        model.body[0].weight.fill_(torch.nan)
     text = find_source(model, batch, states, weights)
     assert 'no module gave such a value when the batch was run again' in text
     assert len(seen) == 2 and torch.equal(*seen)
-    assert torch.equal(torch.get_rng_state(), before) and random.getstate() == draws
-    assert same(values, dict(model.state_dict()))
+    assert model.body[0].weight.isnan().all()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
