@@ -159,7 +159,7 @@ def train_with_amp(cfg: Config, requested: str) -> None:
         wrapper.setdefault('loss_scale', 'dynamic')
 
 
-def test_with_amp(model: Any, requested: str) -> None:
+def test_with_amp(model: nn.Module, requested: str) -> None:
     """Make the test steps of a model run in mixed precision.
 
     Args:
@@ -173,10 +173,11 @@ def test_with_amp(model: Any, requested: str) -> None:
         raise AmpError('--amp does not test with runner_type, which builds the model.')
     dtype = getattr(torch, choose_dtype(requested))
     keep_in_float32(model)
-    test_step = model.test_step
+    tested: Any = model
+    test_step = tested.test_step
 
     def autocast_step(*args: Any, **kwargs: Any) -> Any:
         with autocast(dtype=dtype):
             return test_step(*args, **kwargs)
 
-    model.test_step = autocast_step
+    tested.test_step = autocast_step

@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner.amp import autocast
+from mmengine.structures import PixelData
 from torch import nn
 
 from mmrest import launch
@@ -16,6 +18,16 @@ from mmrest.optim.amp import (
     choose_dtype,
     keep_in_float32,
     train_with_amp,
+)
+from mmrest.optim.amp import (
+    test_with_amp as make_tests_half,
+)
+
+ARCH = dict(
+    embed_dims=[8, 16, 32, 64],
+    num_heads=[1, 2, 4, 8],
+    depths=[1, 1, 1, 1],
+    sr_ratios=[8, 4, 2, 1],
 )
 
 
@@ -139,6 +151,56 @@ def test_coordinates_and_losses_stay_in_float32(config):
     torch.testing.assert_close(pooled, expected, rtol=0, atol=1e-6)
     # autocast is as before
     assert not torch.is_autocast_enabled('cpu')
+
+
+def segmentor():
+    from mmseg.structures import SegDataSample
+
+    sample = SegDataSample(metainfo=dict(img_shape=(32, 32), ori_shape=(32, 32)))
+    sample.gt_sem_seg = PixelData(data=torch.randint(0, 150, (1, 32, 32)))
+    return (
+        'upernet_rest_lite',
+        'mmseg',
+        sample,
+        dict(
+            backbone=dict(init_cfg=None),
+            decode_head=dict(in_channels=ARCH['embed_dims'], channels=16),
+            auxiliary_head=dict(in_channels=32, channels=16),
+            data_preprocessor=dict(size=(32, 32)),
+        ),
+    )
+
+
+def classifier():
+    from mmpretrain.structures import DataSample
+
+    return (
+        'classifier_rest_small',
+        'mmpretrain',
+        DataSample().set_gt_label(3),
+        dict(
+            head=dict(in_channels=64),
+        ),
+    )
+
+
+@pytest.mark.parametrize('kind', [segmentor, classifier])
+def test_other_toolboxes(repo, kind):
+    name, scope, sample, changes = kind()
+    cfg = Config.fromfile(repo / f'configs/_base_/models/{name}.py')
+    cfg.merge_from_dict(dict(model=changes))
+    cfg.model.backbone.arch = ARCH
+    with DefaultScope.overwrite_default_scope(scope):
+        model = revert_sync_batchnorm(MODELS.build(cfg.model))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    data = dict(inputs=list(images), data_samples=[sample, sample])
+    losses = model.train_step(data, BFloat16OptimWrapper(optimizer=optimizer))
+    assert all(loss.isfinite().all() for loss in losses.values())
+    assert losses['loss'].dtype == torch.float32
+    make_tests_half(model.eval(), 'auto')
+    data = dict(inputs=list(images), data_samples=[sample, sample])
+    assert len(model.test_step(data)) == 2
 
 
 def test_train_and_test(call, config, trained, tmp_path, metrics):
