@@ -17,14 +17,14 @@ from mmengine.visualization import LocalVisBackend
 
 from mmdet.engine.hooks import DetVisualizationHook
 from mmdet.visualization import DetLocalVisualizer
-from mmrest.hooks import WholeCheckpointHook
+from mmrest.hooks import AtomicCheckpointHook
 
 default_scope = {scope!r}
 default_hooks = dict(
     timer=dict(type=IterTimerHook),
     logger=dict(type=LoggerHook, interval=1),
     param_scheduler=dict(type=ParamSchedulerHook),
-    checkpoint=dict(type=WholeCheckpointHook, by_epoch=False, interval=2),
+    checkpoint=dict(type=AtomicCheckpointHook, by_epoch=False, interval=2),
     sampler_seed=dict(type=DistSamplerSeedHook),
     visualization=dict(type=DetVisualizationHook),
 )
