@@ -278,7 +278,7 @@ def diagnose(facts: Facts, require: Sequence[str] = NEEDED) -> list[Finding]:
     """
     modules = facts['modules']
     findings = [*_check_twins(facts), *_check_versions(facts)]
-    unexplained = []
+    unexplained: list[Finding] = []
     for name, fact in modules.items():
         if fact['found'] and fact['error'] is not None:
             finding = _explain(name, fact, facts)
