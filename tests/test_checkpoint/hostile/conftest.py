@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-# payload_forms.py, toy_run.py, dirty_sandbox.py
-for folder in (HERE, HERE.parent, HERE.parent.parent / 'test_dirty_data'):
+TESTS = HERE.parents[1]
+# payload_forms.py, toy_run.py, dirty_sandbox.py, tool_runs.py
+for folder in (HERE, HERE.parent, TESTS / 'test_dirty_data', TESTS / 'test_tools'):
     sys.path.insert(0, str(folder))
 
 

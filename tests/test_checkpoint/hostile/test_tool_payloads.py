@@ -4,6 +4,7 @@ import pytest
 from dirty_sandbox import Sandbox
 from entries import weights_of
 from payload_forms import FORMS
+from tool_runs import call_tool
 from toy_run import ToyModel
 
 from mmrest.checkpoint.safe_globals import FORCE_UNSAFE, mmengine_globals_allowed
@@ -68,12 +69,12 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize('name', COMMANDS)
-def test_tools(name, evil, config, run, tmp_path, trace, monkeypatch):
+def test_tools(name, evil, config, repo, tmp_path, trace, monkeypatch):
     """Also where the user's environment switches safety off."""
     monkeypatch.setenv(FORCE_UNSAFE, '1')
     form, command = COMMANDS[name]
     arguments = command(evil(form), config, tmp_path)
-    output = run(*arguments, cwd=tmp_path, fails=True)
+    output = call_tool(repo, *arguments, cwd=tmp_path, fails=True)
     assert not trace.left
     if name == 'resume-auto':  # a damaged newest file may be passed over
         assert 'iter_3.pth' in output
