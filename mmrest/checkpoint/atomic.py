@@ -48,7 +48,7 @@ def atomic_path(path: PathLike) -> Iterator[str]:
     """
     try:
         yield _beside(path)
-        put_in_place(path)
+        _put_in_place(path)
     except BaseException:
         _remove_quietly(_beside(path))
         raise
@@ -90,31 +90,12 @@ def atomic_save(path: str, save: Callable[[str], None]) -> None:
     problem = _first_of_all(problem)  # from here on all have written
     if problem is None:
         if is_main_process():
-            problem = _attempt(path, lambda: put_in_place(path))
+            problem = _attempt(path, lambda: _put_in_place(path))
         problem = _first_of_all(problem)
     if problem is not None:
         if is_main_process():
             _remove_quietly(_beside(path))
         raise CheckpointWriteError(problem)
-
-
-def put_in_place(path: PathLike) -> None:
-    """Give what was written beside ``path`` its name, once it is on the disk.
-
-    Args:
-        path (str | Path): A file, or a folder (of a sharded checkpoint).
-
-    Raises:
-        OSError: If that fails.
-    """
-    beside = Path(_beside(path))
-    is_folder = beside.is_dir()
-    for part in [*beside.rglob('*'), beside] if is_folder else [beside]:
-        _sync(part)
-    if is_folder and os.path.isdir(path):  # a folder replaces an empty one only
-        shutil.rmtree(path)
-    os.replace(beside, path)
-    _sync(Path(path).absolute().parent)
 
 
 def remove_unfinished(folder: PathLike) -> list[str]:
@@ -137,6 +118,18 @@ def remove_unfinished(folder: PathLike) -> list[str]:
 
 def _beside(path: PathLike) -> str:
     return f'{os.fspath(path)}{UNFINISHED}'
+
+
+def _put_in_place(path: PathLike) -> None:
+    """Give what was written beside ``path`` its name, once it is on the disk."""
+    beside = Path(_beside(path))
+    is_folder = beside.is_dir()
+    for part in [*beside.rglob('*'), beside] if is_folder else [beside]:
+        _sync(part)
+    if is_folder and os.path.isdir(path):  # a folder replaces an empty one only
+        shutil.rmtree(path)
+    os.replace(beside, path)
+    _sync(Path(path).absolute().parent)
 
 
 def _sync(path: Path) -> None:
@@ -212,7 +205,3 @@ def _describe(path: PathLike, error: Exception) -> str:
         f'whole, and nothing of this one is left. {advice}; then continue with '
         '--resume.'
     )
-
-
-# until mmrest.hooks has followed
-write_whole, save_whole = atomic_write, atomic_save
