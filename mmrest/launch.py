@@ -232,12 +232,11 @@ def scale_learning_rate(cfg: Config) -> None:
 
 def log_for_tensorboard(cfg: Config) -> None:
     """Add TensorBoard's files to what a run logs."""
-    visualizer = cfg.setdefault(
-        'visualizer',
-        dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]),
-    )
-    backends = list(visualizer.get('vis_backends') or [])
-    visualizer['vis_backends'] = [*backends, dict(type='TensorboardVisBackend')]
+    if not cfg.get('visualizer'):  # what MMEngine takes then
+        backends = [dict(type='LocalVisBackend')]
+        cfg.visualizer = dict(type='Visualizer', vis_backends=backends)
+    backends = list(cfg.visualizer.get('vis_backends') or [])
+    cfg.visualizer.vis_backends = [*backends, dict(type='TensorboardVisBackend')]
 
 
 def choose_start(cfg: Config, resume: Optional[str]) -> Optional[Latest]:

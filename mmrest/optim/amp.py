@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from mmengine.config import Config
@@ -39,6 +39,8 @@ class BFloat16OptimWrapper(OptimWrapper):
         **kwargs: Those of ``OptimWrapper``.
     """
 
+    _prepared: Optional[nn.Module] = None
+
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         """Autocast, and what ``OptimWrapper`` does for gradient accumulation.
@@ -46,7 +48,9 @@ class BFloat16OptimWrapper(OptimWrapper):
         Args:
             model (nn.Module): The model to train; see :func:`keep_in_float32`.
         """
-        keep_in_float32(model)
+        if self._prepared is not model:
+            keep_in_float32(model)
+            self._prepared = model
         with super().optim_context(model), autocast(dtype=torch.bfloat16):
             yield
 
@@ -60,7 +64,8 @@ def keep_in_float32(model: nn.Module) -> None:
             Nothing happens to float32, nor when called again.
     """
     for module in model.modules():
-        if _to_float32 in module._forward_pre_hooks.values():
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        if _to_float32 in hooks or _output_to_float32 in hooks:
             continue
         places = ' '.join(f'{kind.__module__}.' for kind in type(module).__mro__)
         if any(place in places for place in _INPUTS_IN_FLOAT32):
@@ -117,8 +122,10 @@ def choose_dtype(requested: str) -> str:
             )
         return 'bfloat16'
     # torch emulates bfloat16 on older GPUs, slower than float32
-    has_bfloat16 = device != 'cuda' or torch.cuda.is_bf16_supported(
-        including_emulation=False
+    has_bfloat16 = (
+        device != 'cuda'
+        or torch.version.hip is not None
+        or torch.cuda.get_device_capability() >= (8, 0)
     )
     if requested == 'bfloat16' and not has_bfloat16:
         raise AmpError(

@@ -62,21 +62,21 @@ def test_unknown_data_type(capsys):
 
 
 @pytest.mark.parametrize(
-    ('device', 'supported', 'requested', 'chosen'),
+    ('device', 'capability', 'requested', 'chosen'),
     [
         ('cpu', None, 'auto', 'bfloat16'),
         ('cpu', None, 'bfloat16', 'bfloat16'),
         ('cpu', None, 'float16', None),
-        ('cuda', True, 'auto', 'bfloat16'),
-        ('cuda', True, 'float16', 'float16'),
-        ('cuda', False, 'auto', 'float16'),
-        ('cuda', False, 'bfloat16', None),
+        ('cuda', (8, 6), 'auto', 'bfloat16'),
+        ('cuda', (9, 0), 'float16', 'float16'),
+        ('cuda', (7, 5), 'auto', 'float16'),
+        ('cuda', (7, 5), 'bfloat16', None),
         ('mps', None, 'auto', None),
     ],
 )
-def test_choice(monkeypatch, device, supported, requested, chosen):
+def test_choice(monkeypatch, device, capability, requested, chosen):
     monkeypatch.setattr('mmrest.optim.amp.get_device', lambda: device)
-    monkeypatch.setattr('torch.cuda.is_bf16_supported', lambda **_: supported)
+    monkeypatch.setattr('torch.cuda.get_device_capability', lambda: capability)
     monkeypatch.setattr('torch.cuda.get_device_name', lambda: 'an old GPU')
     if chosen:
         assert choose_dtype(requested) == chosen
@@ -134,7 +134,9 @@ def test_coordinates_and_losses_stay_in_float32(config):
     with DefaultScope.overwrite_default_scope('mmdet'):
         model = MODELS.build(Config.fromfile(config).model).eval()
     keep_in_float32(model)
+    count = sum(len(m._forward_hooks) for m in model.modules())
     keep_in_float32(model)
+    assert sum(len(m._forward_hooks) for m in model.modules()) == count > 0
     features = [torch.rand(1, 32, 24 // 2**i, 32 // 2**i) for i in range(5)]
     rois = torch.tensor([[0, 517.3, 200.1, 700.7, 301.9]])
     with autocast(dtype=torch.bfloat16):
