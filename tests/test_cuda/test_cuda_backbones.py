@@ -31,11 +31,11 @@ def step(model, x):
     )
     loss.backward()
     grads = {
-        name: p.grad.double().cpu()
+        name: p.grad.double().cpu().clone()
         for name, p in model.named_parameters()
         if p.grad is not None
     }
-    return [out.detach().double().cpu() for out in outs], grads
+    return [out.detach().double().cpu().clone() for out in outs], grads
 
 
 def assert_close(found, expected, tolerance):
