@@ -9,8 +9,8 @@ import sys
 
 from mmrest import launch
 from mmrest.optim.amp import test_with_amp
-from mmrest.utils.evaluation import EvaluationRunner
-from mmrest.utils.results import compare, expected
+from mmrest.utils.evaluation import EvaluationRunner, augment_images
+from mmrest.utils.results import AUGMENTED, compare, expected
 
 
 def parse_args() -> argparse.Namespace:
@@ -28,6 +28,8 @@ def main() -> int:
         figures = expected(cfg, args.config)
         cfg.load_from, cfg.resume = args.checkpoint, False
         report = launch.check_before_run(cfg, args, 'test')
+        if AUGMENTED in figures.metrics:
+            augment_images(cfg)
         launch.start_process_group(cfg)
         runner = launch.build_runner(cfg, report, EvaluationRunner)
         launch.check_start(runner, cfg, exact=True)

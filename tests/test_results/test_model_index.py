@@ -15,6 +15,9 @@ PUBLISHED = {
     'retinanet_rest_base': (42.0, None, 40497304),
     'mask_rcnn_rest_small': (39.6, 37.2, 33318628),
     'mask_rcnn_rest_base': (41.6, 38.7, 49833300),
+    'mask_rcnn_restv2_tiny': (47.6, 43.2, 49941024),
+    'mask_rcnn_restv2_small': (48.1, 43.3, 60712224),
+    'mask_rcnn_restv2_base': (48.7, 43.9, 75471456),
 }
 
 
@@ -29,7 +32,7 @@ def index(repo):
 @pytest.fixture(scope='module')
 def models(index):
     """The detectors."""
-    return [m for m in index if not m['Name'].startswith('imagenet_')]
+    return [m for m in index if not m['Name'].startswith(('imagenet_', 'upernet_'))]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +62,7 @@ def test_classifiers(arch, index, repo):
 
 def test_every_model_is_complete(models, repo):
     names = [model['Name'] for model in models]
-    assert len(set(names)) == len(names) == 8
+    assert len(set(names)) == len(names) == 11
     for model in models:
         config = repo / model['Config']
         assert config.is_file()
@@ -71,7 +74,7 @@ def test_every_model_is_complete(models, repo):
         if mask is not None:
             assert results.pop('Instance Segmentation') == {'mask AP': mask}
         assert not results
-        converted = config.stem.endswith('_published')
+        converted = config.stem.endswith('_published') or 'restv2' in config.stem
         meta = model['Metadata']
         assert meta['Weights To Check'] == ('converted' if converted else 'retrained')
         assert meta['Tolerance (AP)'] == (0.1 if converted else 1.0)
@@ -87,6 +90,11 @@ def test_every_config_with_published_figures_is_listed(models, repo):
             for arch in ('small', 'base')
             for suffix in ('', '_published')
         }
+        if kind == 'mask_rcnn':
+            folder = repo / 'configs' / kind
+            expected |= {
+                folder / f'restv2_{a}_fpn_3x.py' for a in ('tiny', 'small', 'base')
+            }
         assert {path for path in listed if path.parent.name == kind} == expected
 
 
