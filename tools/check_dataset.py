@@ -4,7 +4,7 @@ import argparse
 
 from mmrest import launch
 from mmrest.datasets import fill_coco_fields
-from mmrest.datasets.preflight import check_data, log_report
+from mmrest.datasets.preflight import check_data
 
 
 def parse_args() -> argparse.Namespace:
@@ -33,7 +33,8 @@ def main() -> None:
         options = dict(cfg.get('preflight') or {})
         if args.decode is not None:
             options['decode'] = args.decode
-        log_report(check_data(cfg, args.stage, **options))
+        for _, text in check_data(cfg, args.stage, **options):
+            print(text)
 
 
 if __name__ == '__main__':

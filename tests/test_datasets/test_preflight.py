@@ -331,7 +331,7 @@ def load_tool(repo, name):
     return module
 
 
-def test_the_tool_that_checks_the_data_alone(repo, cfg, dataset, monkeypatch, capfd):
+def test_the_tool_that_checks_the_data_alone(repo, cfg, dataset, monkeypatch, capsys):
     """Heads and checkpoints of the config are not its matter."""
     cfg.load_from = 'nowhere.pth'
     cfg.dump(dataset / 'config.py')
@@ -339,7 +339,7 @@ def test_the_tool_that_checks_the_data_alone(repo, cfg, dataset, monkeypatch, ca
     command = ['check_dataset.py', str(dataset / 'config.py')]
     monkeypatch.setattr(sys, 'argv', [*command, '--stage', 'test'])
     tool.main()
-    assert 'Preflight passed. test: 3 images' in ''.join(capfd.readouterr())
+    assert 'Preflight passed. test: 3 images' in capsys.readouterr().out
     (dataset / 'images' / 'train_2.jpg').write_bytes(b'<html>' * 9)
     monkeypatch.setattr(sys, 'argv', command)
     with pytest.raises(SystemExit, match=r'(?s)check_dataset.py: 1 problem.*train_2'):

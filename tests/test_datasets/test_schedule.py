@@ -22,6 +22,8 @@ def test_other_ways_to_write_it(cfg, finding):
     from mmengine.dataset import InfiniteSampler
     from mmengine.runner import EpochBasedTrainLoop
 
+    cfg.train_cfg.by_epoch = True  # as merged into what is inherited
+    assert 'type=IterBasedTrainLoop and by_epoch=True, of which' in finding(cfg)
     cfg.train_cfg = dict(by_epoch=True, max_epochs=2)
     assert 'train_cfg is by_epoch=True, but train_dataloader' in finding(cfg)
     cfg.train_cfg = dict(type=EpochBasedTrainLoop, max_epochs=2)

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -113,18 +114,7 @@ class FormatError(ValueError):
 
 
 def find_coco_datasets(cfg: Any, split: str) -> list[CocoDataset]:
-    """List the COCO-format datasets of a split.
-
-    Datasets of other formats, and those on other storage than the file system,
-    are passed over.
-
-    Args:
-        cfg (Config): A config.
-        split (str): ``train``, ``val`` or ``test``.
-
-    Returns:
-        list[CocoDataset]: In the order of the config.
-    """
+    """List the datasets of a split whose files are in COCO format, and at hand."""
     return [
         _describe(where, leaf)
         for where, leaf in find_datasets(cfg, split)
@@ -194,7 +184,7 @@ def check_annotations(
             f'{dataset.where}: the annotation file {path} is not in COCO format: '
             f'{error}'
         ]
-    except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors alike
+    except (ValueError, RecursionError, OverflowError) as error:  # UTF-8 errors too
         return None, [
             f'{dataset.where}: the annotation file {path} is not valid JSON ({error}). '
             'It may be damaged, cut off, or another kind of file; fetch it again.'
@@ -221,15 +211,7 @@ def _read(path: str) -> Any:
 
 
 def parse(content: Any, dataset: CocoDataset) -> Content:
-    """Turn the content of an annotation file into columns.
-
-    Args:
-        content (dict): As :func:`_read` gives it.
-        dataset (CocoDataset): Whose it is.
-
-    Raises:
-        FormatError: If it is not in COCO format.
-    """
+    """Turn what :func:`_read` gives into columns, or raise a ``FormatError``."""
     if not isinstance(content, dict):
         raise FormatError(f'it holds a {type(content).__name__}.{FORMAT}')
     images = _objects(content, 'images', ('id', 'file_name', 'width', 'height'))
@@ -289,9 +271,14 @@ def _segments(content: dict) -> Iterator[dict]:
     """The segments of a panoptic file as annotations of their images."""
     fields = ('image_id', 'file_name', 'segments_info')
     for index, item in enumerate(_objects(content, 'annotations', fields)):
-        if not isinstance(item['segments_info'], list):
-            raise FormatError(f'annotations[{index}].segments_info is no list.')
-        for segment in item['segments_info']:
+        segments = item['segments_info']
+        if not isinstance(segments, list) or not all(
+            isinstance(segment, dict) for segment in segments
+        ):
+            raise FormatError(
+                f'segments_info of annotations[{index}] is no list of objects.'
+            )
+        for segment in segments:
             yield {**segment, 'image_id': item['image_id']}
 
 
@@ -317,22 +304,18 @@ def _objects(content: dict, part: str, fields: tuple[str, ...]) -> list[dict]:
 
 
 def _numbers(rows: list, length: int) -> np.ndarray:
-    """Make an array of (N, length), with NaN for what is not a finite number."""
-    values = np.full((len(rows), length), np.nan)
-    kinds = set(
-        map(type, chain.from_iterable(row for row in rows if type(row) is list))
-    )
-    whole = all(type(row) is list and len(row) == length for row in rows)
-    if whole and kinds <= {int, float, bool}:
-        values[:] = np.array(rows, float).reshape(-1, length)
-    else:  # row by row, past those that are to be named
-        for row, items in zip(values, rows):
-            if isinstance(items, list) and len(items) == length:
-                for column, item in enumerate(items):
-                    if isinstance(item, (int, float)):
-                        row[column] = item
-    values[~np.isfinite(values)] = np.nan
-    return values
+    """Make an array of (N, length); a row with anything but finite numbers is NaN."""
+    nothing = [math.nan] * length
+    if not all(type(row) is list and len(row) == length for row in rows):
+        same = (type(row) is list and len(row) == length for row in rows)
+        rows = [row if fits else nothing for row, fits in zip(rows, same)]
+    if not set(map(type, chain.from_iterable(rows))) <= {int, float, bool}:
+        rows = [
+            row if all(isinstance(value, (int, float)) for value in row) else nothing
+            for row in rows
+        ]
+    values = np.array(rows, float).reshape(-1, length)
+    return np.where(np.isfinite(values).all(1, keepdims=True), values, math.nan)
 
 
 def _places(keys: list, items: list[dict]) -> np.ndarray:

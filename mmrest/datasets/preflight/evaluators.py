@@ -32,16 +32,11 @@ class Evaluator:
 
 
 def find_evaluators(cfg: Any, split: str) -> list[Evaluator]:
-    """List the metrics of a split that read an annotation file from the file system.
-
-    Args:
-        cfg (Config): A config.
-        split (str): ``train``, ``val`` or ``test``.
-    """
+    """List the metrics of a split that read an annotation file from the file system."""
     found = []
     where = f'{split}_evaluator'
     for place, metric in walk(cfg.get(where), where):
-        path = metric.get('ann_file') or ''
+        path = str(metric.get('ann_file') or '')
         if metric.get('backend_args') or '://' in path:
             continue
         base: Any = bases(metric, METRICS).get('CocoMetric')
@@ -76,15 +71,7 @@ def with_evaluation(dataset: CocoDataset, evaluators: list[Evaluator]) -> CocoDa
 def check_evaluators(
     evaluators: list[Evaluator], read: list[tuple[CocoDataset, Optional[Content]]]
 ) -> Iterator[str]:
-    """Check that metrics judge by the annotations of the images they are given.
-
-    Args:
-        evaluators (list[Evaluator]): From :func:`find_evaluators`.
-        read (list[tuple[CocoDataset, Content | None]]): The split's datasets.
-
-    Yields:
-        str: Findings.
-    """
+    """Check that metrics judge by the annotations of the images they are given."""
     for evaluator in evaluators:
         path, where = evaluator.ann_file, f'{evaluator.where}.ann_file'
         files = [dataset.ann_file for dataset, _ in read]
@@ -98,7 +85,7 @@ def check_evaluators(
                 f'{where} to an annotation file{other}.'
             )
             continue
-        if not evaluator.coco or not read:
+        if not evaluator.coco or all(content is None for _, content in read):
             continue
         own = CocoDataset(
             where=where,

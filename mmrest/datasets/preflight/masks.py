@@ -96,15 +96,7 @@ def read_mask(item: dict) -> Any:
 
 
 def check_masks(dataset: 'CocoDataset', content: 'Content') -> Iterator[str]:
-    """Look for masks that fail, or that mean something else than they say.
-
-    Args:
-        dataset (CocoDataset): One whose masks are used.
-        content (Content): Its annotation file, from :func:`.coco.check_annotations`.
-
-    Yields:
-        str: Findings.
-    """
+    """Look for masks that fail, or that mean something else than they say."""
     read = content.of_classes(dataset) & (content.image >= 0)
     if not dataset.test_mode:  # in a test the metric reads what mmdet leaves out
         read = (content.image >= 0) & ~content.ignore & (content.area > 0)

@@ -22,15 +22,7 @@ OTHER_HEADS = {'FusedSemanticHead', 'SCNetSemanticHead', 'STDCHead'}
 def check_class_counts(
     model: Any, dataset: Union[CocoDataset, SegDataset]
 ) -> Iterator[str]:
-    """Compare every head's ``num_classes`` with the classes of a dataset.
-
-    Args:
-        model (dict): Model config.
-        dataset (CocoDataset | SegDataset): One with its classes.
-
-    Yields:
-        str: At most one finding.
-    """
+    """Compare every head's ``num_classes`` with the classes of a dataset."""
     classes, things = len(dataset.classes), len(dataset.things)
     if not classes or model.get('language_model'):  # which matches words
         return
@@ -65,15 +57,7 @@ def _counts(where: str, part: dict, classes: int, things: int) -> dict[str, int]
 
 
 def check_weights(cfg: Any, stage: str) -> Iterator[str]:
-    """Check that the files to start from exist, and that nothing random is frozen.
-
-    Args:
-        cfg (Config): A config.
-        stage (str): ``train`` or ``test``; a test never reads ``init_cfg``.
-
-    Yields:
-        str: Findings.
-    """
+    """Check that the files to start from exist, and that nothing random is frozen."""
     start = cfg.get('load_from')
     if start and not _is_there(start):
         yield (

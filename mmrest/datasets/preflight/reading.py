@@ -42,15 +42,7 @@ def options_of(cfg: dict) -> dict:
 
 
 def find_datasets(cfg: Any, split: str) -> list[tuple[str, dict]]:
-    """List the datasets of a split; wrappers such as ``RepeatDataset`` are taken off.
-
-    Args:
-        cfg (Config): A config.
-        split (str): ``train``, ``val`` or ``test``.
-
-    Returns:
-        list[tuple[str, dict]]: The place in the config and the dataset's config.
-    """
+    """List the datasets of a split, out of ``RepeatDataset`` and other wrappers."""
     name = f'{split}_dataloader'
     dataset = (cfg.get(name) or {}).get('dataset')
     return list(_leaves(dataset, f'{name}.dataset')) if dataset else []
@@ -67,12 +59,7 @@ def _leaves(dataset: dict, where: str) -> Iterator[tuple[str, dict]]:
 
 
 def find_steps(dataset: dict, name: str) -> list[dict]:
-    """List the steps of a pipeline, nested ones too, that are of a class.
-
-    Args:
-        dataset (dict): A dataset's config.
-        name (str): Name of the class; classes that inherit from it count.
-    """
+    """List the steps of a pipeline, nested ones too, that are of a class."""
     return [
         step
         for _, step in walk(dataset.get('pipeline') or (), '')

@@ -16,15 +16,7 @@ OF_WORKERS = ('persistent_workers', 'prefetch_factor', 'multiprocessing_context'
 
 
 def check_loaders(cfg: Any, splits: tuple[str, ...]) -> Iterator[str]:
-    """Check the options of data loaders, and that a validation comes to an end.
-
-    Args:
-        cfg (Config): A config.
-        splits (tuple[str]): Of ``train``, ``val`` and ``test``.
-
-    Yields:
-        str: Findings.
-    """
+    """Check the options of data loaders, and that a validation comes to an end."""
     for split in splits:
         where = f'{split}_dataloader'
         loader = cfg.get(where) or {}
@@ -56,6 +48,12 @@ def check_units(cfg: Any) -> tuple[list[str], list[str]]:
     """
     loop = cfg.get('train_cfg') or {}
     kinds = bases(loop, LOOPS)
+    if kinds and 'by_epoch' in loop:
+        return [
+            f'train_cfg has type={type_name(loop)} and by_epoch={loop["by_epoch"]}, of '
+            'which MMEngine takes one. Remove by_epoch, and set type to '
+            'EpochBasedTrainLoop or IterBasedTrainLoop.'
+        ], []
     if 'EpochBasedTrainLoop' in kinds or loop.get('by_epoch') is True:
         check, other = _check_by_epoch, 'max_iters'
     elif 'IterBasedTrainLoop' in kinds or loop.get('by_epoch') is False:

@@ -59,10 +59,6 @@ def find_seg_datasets(cfg: Any, split: str) -> list[SegDataset]:
 
     Datasets on other storage than the file system, and those whose pipeline loads
     no labels, are passed over.
-
-    Args:
-        cfg (Config): A config.
-        split (str): ``train``, ``val`` or ``test``.
     """
     return [
         _describe(where, leaf, ignored_label(cfg))
@@ -135,15 +131,7 @@ def check_seg_dataset(
 
 
 def check_ignored(cfg: Any, split: str) -> Iterator[str]:
-    """Check that padding and metric leave out the label that the heads leave out.
-
-    Args:
-        cfg (Config): A config.
-        split (str): ``train``, ``val`` or ``test``.
-
-    Yields:
-        str: Findings.
-    """
+    """Check that padding and metric leave out the label that the heads leave out."""
     ignored = ignored_label(cfg)
     part = (cfg.get('model') or {}).get('data_preprocessor') or {}
     padded = part.get('seg_pad_val', 255)

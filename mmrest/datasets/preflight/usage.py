@@ -14,15 +14,7 @@ BEYOND = 1.0
 
 
 def describe_use(dataset: CocoDataset, content: Content) -> list[str]:
-    """Count what is not used as it stands, by reason.
-
-    Args:
-        dataset (CocoDataset): From :func:`.coco.find_coco_datasets`.
-        content (Content): Its annotation file, checked.
-
-    Returns:
-        list[str]: One clause a reason, as ``'2 boxes lie outside of their image'``.
-    """
+    """Count what is not used as it stands, by reason."""
     sides = np.array([[item['width'], item['height']] for item in content.images])
     limits = sides[content.image]
     start, size = content.box[:, :2], content.box[:, 2:]

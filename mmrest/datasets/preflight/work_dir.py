@@ -15,13 +15,6 @@ def check_folders(cfg) -> list:
 
     It has no name and leaves nothing; a folder that does not exist is tried in the
     one that it would be made in.
-
-    Args:
-        cfg (Config): A config with ``work_dir``. Addresses (``s3://...``) are not
-            looked at.
-
-    Returns:
-        list[str]: Findings.
     """
     checkpoint = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
     fields = {
