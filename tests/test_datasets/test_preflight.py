@@ -1,6 +1,6 @@
 """Each finding before a run names the thing, what was found and what to do."""
 
-import importlib.util
+import importlib
 import shutil
 import sys
 
@@ -324,28 +324,17 @@ def test_other_formats_and_storage_are_passed_over(scope, dataset):
     check_config(Config(dict(default_scope=scope, train_dataloader=loader)))
 
 
-def load_tool(repo, name):
-    spec = importlib.util.spec_from_file_location(name, repo / 'tools' / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_tool_that_checks_the_data_alone(repo, cfg, dataset, monkeypatch, capsys):
+def test_the_tool_that_checks_the_data_alone(call, cfg, dataset):
     """Heads and checkpoints of the config are not its matter."""
     cfg.load_from = 'nowhere.pth'
     cfg.dump(dataset / 'config.py')
-    tool = load_tool(repo, 'check_dataset')
-    command = ['check_dataset.py', str(dataset / 'config.py')]
-    monkeypatch.setattr(sys, 'argv', [*command, '--stage', 'test'])
-    tool.main()
-    assert 'Preflight passed. test: 3 images' in capsys.readouterr().out
+    tool = ['check_dataset.py', dataset / 'config.py']
+    output = call(*tool, '--stage', 'test', cwd=dataset)
+    assert 'Preflight passed. test: 3 images' in output
     (dataset / 'images' / 'train_2.jpg').write_bytes(b'<html>' * 9)
-    monkeypatch.setattr(sys, 'argv', command)
-    with pytest.raises(SystemExit, match=r'(?s)check_dataset.py: 1 problem.*train_2'):
-        tool.main()
-    monkeypatch.setattr(sys, 'argv', [*command, '--decode', '0'])
-    tool.main()
+    output = call(*tool, cwd=dataset, fails=True)
+    assert 'check_dataset.py: 1 problem' in output and 'train_2.jpg' in output
+    call(*tool, '--decode', 0, cwd=dataset)
 
 
 def test_the_old_module_is_an_alias():

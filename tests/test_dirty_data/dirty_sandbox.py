@@ -3,6 +3,9 @@
 The pipelines are those of this repository's configs, for smaller images.
 """
 
+import copy
+import functools
+import tempfile
 from pathlib import Path
 
 from dirty_files import CLASSES, Dataset, encode, rgb
@@ -48,10 +51,15 @@ default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=6))
 """
 
 
-def write_config(folder: Path, root: Path) -> Path:
-    path = folder / 'dirty.py'
-    path.write_text(CONFIG.format(root=str(root), classes=CLASSES))
-    return path
+@functools.lru_cache
+def read_config() -> Config:
+    """Read the config, once for all tests; its data lie nowhere."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'dirty.py'
+        path.write_text(CONFIG.format(root='nowhere', classes=CLASSES))
+        cfg = Config.fromfile(path)
+    shrink(cfg)
+    return cfg
 
 
 def shrink(cfg):
@@ -77,8 +85,12 @@ class Sandbox:
         """Write the annotation files and return the config."""
         self.train.write('train.json')
         self.val.write('val.json')
-        cfg = Config.fromfile(write_config(self.folder, self.folder / 'data'))
-        shrink(cfg)
+        cfg = copy.deepcopy(read_config())
+        root = str(self.folder / 'data')
+        for split in ('train', 'val', 'test'):
+            cfg[f'{split}_dataloader'].dataset.data_root = root
+        for split in ('val', 'test'):
+            cfg[f'{split}_evaluator'].ann_file = f'{root}/val.json'
         cfg.preflight = dict(unused_categories=False)
         return cfg
 

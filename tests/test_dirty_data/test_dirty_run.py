@@ -64,12 +64,13 @@ TRAIN = (
 VAL = (*TRAIN[:5], 'the metric counts all these', *TRAIN[11:])
 
 
-def test_a_run_over_all_of_it(sandbox, run, tmp_path):
+@pytest.mark.slow
+def test_a_run_over_all_of_it(sandbox, call, tmp_path):
     mix(sandbox)
     path = dump(
         sandbox, lambda cfg: cfg.train_cfg.update(max_iters=14, val_interval=14)
     )
-    output = run('train.py', path, '--work-dir', 'run', cwd=tmp_path)
+    output = call('train.py', path, '--work-dir', 'run', cwd=tmp_path)
     (log,) = (tmp_path / 'run').glob('*/*.log')
     log = log.read_text()
     for split, texts in (('train', TRAIN), ('val', VAL)):

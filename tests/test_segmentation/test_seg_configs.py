@@ -76,7 +76,13 @@ def test_size_decides_arch_weights_and_channels(read, name):
     assert [head.num_classes for head in heads] == [150] * len(heads)
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize(
+    'name',
+    [
+        pytest.param(name, marks=[] if name in SMALLEST else pytest.mark.slow)
+        for name in NAMES
+    ],
+)
 def test_loss_reaches_every_parameter(read, name):
     cfg = read(name)
     cfg.model.backbone.drop_path_rate = 0.0  # a dropped path has no gradient
@@ -186,4 +192,4 @@ def test_scope_alone_makes_a_runner(config, tmp_path):
     assert {'SegVisualizationHook', 'LabelRangeHook'} <= hooks
     assert type(runner.visualizer).__name__ == 'SegLocalVisualizer'
     assert type(runner.model.backbone).__name__ == 'ResT'
-    assert cfg.tta_model == dict(type='SegTTAModel')
+    assert cfg.tta_model.type == 'SegTTAModel'

@@ -1,4 +1,4 @@
-"""A segmentor through tools/train.py, dist_train.sh and tools/test.py, as processes."""
+"""A segmentor through tools/train.py, dist_train.sh and tools/test.py."""
 
 import re
 
@@ -14,10 +14,10 @@ def iterations(output):
 
 
 @pytest.fixture(scope='module')
-def trained(run, config, tmp_path_factory):
+def trained(call, config, tmp_path_factory):
     """Work folder and output of a run of four iterations, started elsewhere."""
     folder = tmp_path_factory.mktemp('seg_trained')
-    return folder / 'run', run('train.py', config, '--work-dir', 'run', cwd=folder)
+    return folder / 'run', call('train.py', config, '--work-dir', 'run', cwd=folder)
 
 
 def test_trains_saves_and_evaluates_from_another_folder(trained):
@@ -28,6 +28,7 @@ def test_trains_saves_and_evaluates_from_another_folder(trained):
     assert (folder / 'iter_2.pth').is_file() and (folder / 'iter_4.pth').is_file()
 
 
+@pytest.mark.slow
 def test_resume_on_two_processes_without_gpus(run, config, trained, tmp_path):
     """The config has SyncBN, which no CPU has."""
     folder, _ = trained
@@ -51,7 +52,8 @@ def test_resume_on_two_processes_without_gpus(run, config, trained, tmp_path):
     assert saved['meta']['iter'] == 3
 
 
-def test_augmented_test_draws_and_writes_label_images(run, config, trained, tmp_path):
+@pytest.mark.slow
+def test_augmented_test_draws_and_writes_label_images(call, config, trained, tmp_path):
     """In windows, at six scales, mirrored too, and without the training data."""
     checkpoint = trained[0] / 'iter_4.pth'
     transforms = 'tta_pipeline.1.transforms.0.'
@@ -62,7 +64,7 @@ def test_augmented_test_draws_and_writes_label_images(run, config, trained, tmp_
     options += ['train_dataloader.dataset.data_root=nowhere']
     options += ['model.test_cfg.mode=slide', 'model.test_cfg.crop_size=(32,32)']
     options += ['model.test_cfg.stride=(24,24)']
-    output = run('test.py', config, checkpoint, *options, cwd=tmp_path)
+    output = call('test.py', config, checkpoint, *options, cwd=tmp_path)
     assert re.search(r'\| +box +\|', output) and 'mIoU: ' in output
     pictures = sorted((tmp_path / 'run').glob('*/pictures/*.png'))
     assert len(pictures) == 3
@@ -74,9 +76,9 @@ def test_augmented_test_draws_and_writes_label_images(run, config, trained, tmp_
     assert len(list((tmp_path / 'labels').iterdir())) == 3
 
 
-def test_label_images_of_others_are_not_overwritten(run, config, trained, tmp_path):
+def test_label_images_of_others_are_not_overwritten(call, config, trained, tmp_path):
     folder = config.parent / 'shapes' / 'val_labels'
-    output = run(
+    output = call(
         'test.py',
         config,
         trained[0] / 'iter_4.pth',
@@ -89,7 +91,9 @@ def test_label_images_of_others_are_not_overwritten(run, config, trained, tmp_pa
     assert 'Traceback' not in output
 
 
-def test_label_outside_the_classes_is_named_in_training(run, config, dataset, tmp_path):
+def test_label_outside_the_classes_is_named_in_training(
+    call, config, dataset, tmp_path
+):
     """As when the check before the run did not look at that very image."""
     for path in (dataset / 'train_labels').iterdir():
         labels = np.array(Image.open(path))
@@ -97,7 +101,7 @@ def test_label_outside_the_classes_is_named_in_training(run, config, dataset, tm
         Image.fromarray(labels).save(path)
     options = ['--cfg-options', f'train_dataloader.dataset.data_root={dataset}']
     options += ['preflight.decode=0']
-    output = run('train.py', config, *options, cwd=tmp_path, fails=True)
+    output = call('train.py', config, *options, cwd=tmp_path, fails=True)
     last = output.splitlines()[-1]
     assert re.search(r'train_labels/\d\.png holds the index 7 in 25 pixels', last)
     assert '3 classes, 0 to 2, and ignores 255' in last
