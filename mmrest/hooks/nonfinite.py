@@ -68,8 +68,9 @@ class CheckNonFiniteHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Refuse parameters that are NaN or infinite from the start."""
         self._flag, self._sent = DelayedFlag(), None
-        names = nonfinite_parameters(_unwrap(runner.model))
-        if any(all_gather_object(bool(names))):
+        model = _unwrap(runner.model)
+        if any(all_gather_object(not _largest(model).isfinite())):
+            names = nonfinite_parameters(model)
             raise NonFiniteError(
                 'parameters are NaN or infinite before the first iteration: '
                 f'{shorten(names, 5) or "those of another process"}. Look at what '
@@ -96,17 +97,9 @@ class CheckNonFiniteHook(Hook):
             for name, value in (outputs or {}).items()
             if 'loss' in name and isinstance(value, Tensor)
         }
-        params = [
-            param.detach()
-            for param in _unwrap(runner.model).parameters()
-            if param.is_floating_point() and param.numel()
-        ]
-        # the largest value of each, for a sum of squares could overflow
-        largest = torch._foreach_norm(params, float('inf')) if params else []
-        sums = sum(losses.values()), sum(value.float() for value in largest)
-        device = params[0].device if params else get_comm_device()
-        flags = [~torch.as_tensor(value, device=device).isfinite() for value in sums]
-        self._flag.send(torch.stack(flags).float())
+        largest = _largest(_unwrap(runner.model))
+        total = sum(losses.values(), largest.new_zeros(()))
+        self._flag.send((~torch.stack([total, largest]).isfinite()).float())
         self._sent = _Iteration(runner.iter + 1, self._batch, self._states, losses)
 
     def before_val(self, runner: Runner) -> None:
@@ -226,6 +219,19 @@ def _images(batch: Any) -> Iterator[str]:
 
 
 # ------------------------------------------------------- the search for the source
+
+
+def _largest(model: nn.Module) -> Tensor:
+    """The largest absolute value of all parameters; NaN if there is one."""
+    params = [
+        param.detach()
+        for param in model.parameters()
+        if param.is_floating_point() and param.numel()
+    ]
+    if not params:  # FSDP may leave a process none
+        return torch.zeros((), device=get_comm_device())
+    norms = torch._foreach_norm(params, float('inf'))
+    return torch.stack([norm.float() for norm in norms]).amax()
 
 
 def nonfinite_parameters(model: nn.Module) -> list[str]:

@@ -162,6 +162,7 @@ def test_values_that_only_look_bad(tmp_path):
     """A metric that is NaN is no loss, and large parameters are finite."""
     model = Toy()
     model.large = nn.Parameter(torch.full((9,), 3e38))
+    model.more = nn.Parameter(torch.full((9,), -3e38))
     model.small = nn.Parameter(torch.full((9,), 6e4, dtype=torch.float16))
     model.empty = nn.Parameter(torch.zeros(0))
     model.register_buffer('count', torch.tensor(math.nan))
@@ -200,16 +201,22 @@ def test_one_read_an_iteration(tmp_path, monkeypatch):
 
     for name in ('item', 'tolist', '__bool__', '__float__', '__int__', 'cpu', 'numpy'):
         count(name)
-    after = hook.after_train_iter
 
-    def counted_after(*args, **kwargs):
-        inside.append(True)
-        after(*args, **kwargs)
-        inside.clear()
+    def count_in(method):
+        original = getattr(hook, method)
 
-    monkeypatch.setattr(hook, 'after_train_iter', counted_after)
+        def counted(*args, **kwargs):
+            inside.append(True)
+            original(*args, **kwargs)
+            inside.clear()
+
+        monkeypatch.setattr(hook, method, counted)
+
+    for method in ('before_train', 'before_train_iter', 'after_train_iter'):
+        count_in(method)
     train(tmp_path, hooks=[hook], checkpoint=dict(interval=100))
-    assert reads == ['tolist'] * 5
+    # the parameters of the start, then the flag of the iteration before
+    assert reads == ['__bool__'] + ['tolist'] * 5
 
 
 @pytest.mark.slow
