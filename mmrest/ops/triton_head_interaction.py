@@ -119,9 +119,11 @@ def _device_problem(device: str, index: Optional[int]) -> Optional[str]:
         return None
     if device != 'cuda' or torch.version.hip is not None:
         return f'it needs tensors on an NVIDIA GPU, found {device}'
-    if torch.cuda.get_device_capability(index) < MIN_CAPABILITY:
-        wanted = '.'.join(map(str, MIN_CAPABILITY))
-        found = '.'.join(map(str, torch.cuda.get_device_capability(index)))
+    if not torch.cuda.is_available():
+        return None  # fake tensors, of a device that is elsewhere
+    capability = torch.cuda.get_device_capability(index)
+    if capability < MIN_CAPABILITY:
+        wanted, found = ('.'.join(map(str, c)) for c in (MIN_CAPABILITY, capability))
         return f'it needs compute capability {wanted} or newer, found {found}'
     return None
 

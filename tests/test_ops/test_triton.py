@@ -16,6 +16,7 @@ import pytest
 import torch
 from attention_cases import Shape, make_inputs
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmrest.ops import head_interaction_attention
 from mmrest.ops import triton_head_interaction as kernels
@@ -288,6 +289,24 @@ def test_compiles_whole():
     expected, found = case.run(function), case.run(compiled)
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, expected[name])
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+def test_fake_tensors_stay_on_their_device(dtype):
+    operators = torch.ops.mmrest
+    backward = operators.triton_head_interaction_attention_backward
+    with torch.no_grad(), FakeTensorMode():
+        q, k = (torch.empty(2, 4, n, 32, device='cuda', dtype=dtype) for n in (9, 7))
+        weight = torch.empty(4, 4, device='cuda')
+        out, statistics, gain = operators.triton_head_interaction_attention(
+            q, k, k, weight, None, 0.5, 1e-5, None
+        )
+        grads = backward(out, q, k, k, weight, out, statistics, gain, 0.5, None)
+        chosen = head_interaction_attention(q, k, k, weight, attn_impl='triton')
+    for found, given in zip((out, chosen, *grads), (q, q, q, k, k, weight)):
+        assert found.device.type == 'cuda'
+        assert (found.shape, found.dtype) == (given.shape, given.dtype)
+    assert out.stride() == (9 * 4 * 32, 32, 4 * 32, 1)
 
 
 @runs_kernels
