@@ -2,6 +2,7 @@
 
 import os
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -31,8 +32,10 @@ def test_as_a_process(run, config, tmp_path):
 
 
 @pytest.mark.parametrize('path', [None, 'iter_2.pth'])
-def test_resume(call, config, trained, tmp_path, path):
+def test_resume(call, config, trained, tmp_path, path, monkeypatch):
     folder, _ = trained
+    load = mock.Mock(wraps=torch.load)
+    monkeypatch.setattr(torch, 'load', load)
     if path is None:  # from the latest in the work folder
         first, resume = 5, ['--resume']
         (tmp_path / 'last_checkpoint').write_text(str(folder / 'iter_4.pth'))
@@ -41,6 +44,8 @@ def test_resume(call, config, trained, tmp_path, path):
     options = [*resume, '--cfg-options', 'train_cfg.max_iters=5', *NO_VAL]
     output = call('train.py', config, '--work-dir', tmp_path, *options, cwd=tmp_path)
     assert iterations(output) == list(range(first, 6))
+    # once to choose and check, and once by MMEngine
+    assert load.call_count <= 2
     saved = read_checkpoint(tmp_path / 'iter_5.pth')
     assert saved['meta']['iter'] == 5
     assert saved['message_hub'] and saved['optimizer']['state']
