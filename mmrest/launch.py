@@ -124,19 +124,18 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def short_errors(tool: str, status: Any = None) -> Iterator[None]:
+def short_errors(tool: str, status: int = 1) -> Iterator[None]:
     """End the process with one message where an error needs no traceback.
 
     Args:
         tool (str): Name of the tool, which the message begins with.
-        status (int, optional): Exit status. Default: None, which is 1.
+        status (int): Exit status. Default: 1.
     """
     try:
         yield
     except EXPECTED_ERRORS as error:
-        if status is None:
-            sys.exit(f'{tool}: {error}')
         print(f'{tool}: {error}', file=sys.stderr)
+        _end_if_gloo(status)
         sys.exit(status)
 
 
@@ -415,23 +414,30 @@ def _prepare_for_cpus(cfg: Config) -> None:
 def end_process_group(status: int = 0) -> None:
     """End the processes of a group, if there is one, after their work is done.
 
-    While Python ends, gloo's threads at times abort the process ("terminate called
-    without an active exception") and so the whole finished job. With gloo this
-    function therefore does not return: what is registered for the end is called,
-    and the process ends without Python's own end.
+    With gloo it does not return, and ends the process.
 
     Args:
         status (int): Exit status of the process. Default: 0.
     """
+    _end_if_gloo(status)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _end_if_gloo(status: int) -> None:
+    """End this process of a gloo group without Python's own end.
+
+    While Python ends, gloo's threads at times abort the process ("terminate called
+    without an active exception") and so the whole finished job. What is registered for
+    the end is called.
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    if torch.distributed.get_backend() != 'gloo':
-        torch.distributed.destroy_process_group()
-        return
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    if torch.distributed.get_backend() == 'gloo':
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _replace_sync_bn(part: Any) -> int:

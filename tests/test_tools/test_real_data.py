@@ -70,7 +70,7 @@ def pretrained(tmp_path_factory, published_shapes):
 
 @pytest.mark.parametrize('name', list(DATA))
 @pytest.mark.parametrize('detector', ['mask_rcnn', 'retinanet'])
-def test_train_resume_and_test(run, shared, pretrained, tmp_path, detector, name):
+def test_train_resume_and_test(run, call, shared, pretrained, tmp_path, detector, name):
     config = f'{detector}/rest_small_fpn_1x.py'
     data = data_options(config, shared / 'data' / name, **DATA[name])
     options = [
@@ -83,9 +83,9 @@ def test_train_resume_and_test(run, shared, pretrained, tmp_path, detector, name
     ]
     work_dir = tmp_path / 'run'
     train = ['train.py', f'mmrest::{config}', '--work-dir', work_dir]
-    output = run(*train, *options, 'train_cfg.max_iters=1', cwd=tmp_path)
+    output = call(*train, *options, 'train_cfg.max_iters=1', cwd=tmp_path)
     assert 'Loaded 272 tensors' in output
-    output = run(*train, '--resume', *options, 'train_cfg.max_iters=2', cwd=tmp_path)
+    output = call(*train, '--resume', *options, 'train_cfg.max_iters=2', cwd=tmp_path)
     assert 'resumed' in output.lower() and 'Iter(train) [2/2]' in output
 
     kinds = ('bbox', 'segm') if detector == 'mask_rcnn' else ('bbox',)
@@ -94,15 +94,13 @@ def test_train_resume_and_test(run, shared, pretrained, tmp_path, detector, name
     threshold = 'rcnn.score_thr' if detector == 'mask_rcnn' else 'score_thr'
     options = ['--cfg-options', *data, f'model.test_cfg.{threshold}=0.0']
     results = {}
-    for processes in (1, 2):
-        out = tmp_path / f'{processes}.json'
-        tool = ['test.py'] if processes == 1 else ['dist_test.sh']
-        count = [] if processes == 1 else [processes]
-        output = run(*tool, *test, *count, '--out', out, *options, cwd=tmp_path)
+    for start, tool in ((call, ['test.py', *test]), (run, ['dist_test.sh', *test, 2])):
+        out = tmp_path / f'{tool[0]}.json'
+        output = start(*tool, '--out', out, *options, cwd=tmp_path)
         assert output.count('Average Precision') == 6 * len(kinds)
-        results[processes] = [
-            json.loads((tmp_path / f'{processes}.{kind}.json').read_text())
+        results[tool[0]] = [
+            json.loads((tmp_path / f'{tool[0]}.{kind}.json').read_text())
             for kind in kinds
         ]
-        assert all(results[processes])
-    assert results[1] == results[2]
+        assert all(results[tool[0]])
+    assert results['test.py'] == results['dist_test.sh']
