@@ -4,6 +4,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
+from small_models import TINY, classifier
 
 from mmrest import ResT
 from mmrest.checkpoint import CheckpointError, to_image_classifier
@@ -12,29 +13,11 @@ pytest.importorskip('mmpretrain')
 from mmpretrain.apis import get_model  # noqa: E402
 from mmpretrain.registry import MODELS  # noqa: E402
 
-TINY = dict(
-    embed_dims=[8, 16, 24, 32],
-    num_heads=[1, 2, 3, 4],
-    depths=[1, 1, 2, 1],
-    sr_ratios=[8, 4, 2, 1],
-    mlp_ratios=2,
-)
-
 
 @pytest.fixture(autouse=True)
 def scope():
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         yield
-
-
-def config(num_classes=5, arch=TINY, **options):
-    return dict(
-        type='ImageClassifier',
-        backbone=dict(type='ResT', arch=arch, out_indices=(3,)),
-        neck=dict(type='GlobalAveragePooling'),
-        head=dict(type='LinearClsHead', num_classes=num_classes, in_channels=32),
-        **options,
-    )
 
 
 @pytest.fixture
@@ -47,19 +30,19 @@ def published():
 
 def by_init_cfg(path, **options):
     init_cfg = dict(type='Pretrained', checkpoint=path)
-    model = MODELS.build(config(init_cfg=init_cfg, **options))
+    model = MODELS.build(classifier(init_cfg=init_cfg, **options))
     model.init_weights()
     return model
 
 
 def by_pretrained(path, **options):
-    model = MODELS.build(config(pretrained=path, **options))
+    model = MODELS.build(classifier(pretrained=path, **options))
     model.init_weights()
     return model
 
 
 def by_get_model(path, **options):
-    cfg = Config(dict(model=config(**options), default_scope='mmpretrain'))
+    cfg = Config(dict(model=classifier(**options), default_scope='mmpretrain'))
     return get_model(cfg, pretrained=path)
 
 
@@ -122,7 +105,7 @@ def test_own_file_of_another_width(save, published):
 
 def test_other_loading_is_left_alone(published):
     """A part by PyTorch's own function: adapters, a head."""
-    model = MODELS.build(config())
+    model = MODELS.build(classifier())
     head = {'head.fc.weight': torch.ones(5, 32), 'head.fc.bias': torch.ones(5)}
     model.load_state_dict(head, strict=False)
     assert float(model.head.fc.weight.detach().min()) == 1

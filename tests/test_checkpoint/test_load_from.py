@@ -5,6 +5,7 @@ import torch
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModule, BaseTTAModel, MMDistributedDataParallel
 from mmengine.runner import load_checkpoint
+from small_models import TINY
 from torch import nn
 from toy_run import ToyModel
 
@@ -137,15 +138,6 @@ def test_before_torch_2_6(save, monkeypatch, warnings_of_mmengine, payload):
             check_load_from(Detector(), save({'state_dict': payload}))
     finally:
         torch.serialization.add_safe_globals(present)
-
-
-TINY = dict(
-    embed_dims=[8, 16, 24, 32],
-    num_heads=[1, 2, 3, 4],
-    depths=[1, 1, 2, 1],
-    sr_ratios=[8, 4, 2, 1],
-    mlp_ratios=2,
-)
 
 
 class Model(BaseModule):

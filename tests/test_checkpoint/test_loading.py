@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mmengine.model import PretrainedInit
+from small_models import TINY
 from torch import nn
 from weights_rule import fill
 
@@ -336,15 +337,6 @@ def test_init_cfg_for_mmengine(cfg):
 def test_init_cfg_of_another_kind(cfg, found):
     with pytest.raises(TypeError, match=found):
         pretrained_options(cfg)
-
-
-TINY = dict(
-    embed_dims=[8, 16, 24, 32],
-    num_heads=[1, 2, 3, 4],
-    depths=[1, 1, 2, 1],
-    sr_ratios=[8, 4, 2, 1],
-    mlp_ratios=2,
-)
 
 
 def rest_file(save, wrapper='model', prefix='', **changes):

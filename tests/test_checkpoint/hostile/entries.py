@@ -12,6 +12,7 @@ from mmengine.config import Config
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import CheckpointLoader
+from small_models import TINY, classifier
 from torch import nn
 from toy_run import ToyModel, build
 
@@ -19,28 +20,13 @@ from mmrest import ResT
 from mmrest.checkpoint import check_load_from, load_pretrained, read_checkpoint
 from mmrest.converters import convert_to_detectron2, convert_to_mmdet, publish
 
-ARCH = dict(
-    embed_dims=[8, 16, 24, 32],
-    num_heads=[1, 2, 3, 4],
-    depths=[1, 1, 1, 1],
-    sr_ratios=[8, 4, 2, 1],
-    mlp_ratios=2,
-)
-CLASSIFIER = dict(
-    default_scope='mmpretrain',
-    model=dict(
-        type='ImageClassifier',
-        backbone=dict(type='mmrest.ResT', arch=ARCH, out_indices=(3,)),
-        neck=dict(type='GlobalAveragePooling'),
-        head=dict(type='LinearClsHead', num_classes=3, in_channels=32),
-    ),
-)
+CLASSIFIER = dict(default_scope='mmpretrain', model=classifier())
 SEGMENTOR = dict(
     default_scope='mmseg',
     model=dict(
         type='EncoderDecoder',
         data_preprocessor=dict(type='SegDataPreProcessor', size=(32, 32)),
-        backbone=dict(type='mmrest.ResT', arch=ARCH),
+        backbone=dict(type='mmrest.ResT', arch=TINY),
         decode_head=dict(
             type='FCNHead',
             in_channels=32,
@@ -141,13 +127,13 @@ FUNNELS = {
 
 
 def rest(source, **options):
-    return ResT(arch=ARCH, init_cfg=pretrained(source, **options))
+    return ResT(arch=TINY, init_cfg=pretrained(source, **options))
 
 
 ENTRIES = {
     'load_pretrained': (
-        lambda source, _: load_pretrained(ResT(arch=ARCH), source),
-        lambda: weights_of(ResT(arch=ARCH)),
+        lambda source, _: load_pretrained(ResT(arch=TINY), source),
+        lambda: weights_of(ResT(arch=TINY)),
     ),
     'check_load_from': (
         lambda source, _: check_load_from(ToyModel(), source, exact=False),
@@ -161,7 +147,7 @@ ENTRIES = {
     ),
     'init_cfg': (
         lambda source, _: rest(source, prefix='backbone.').init_weights(),
-        lambda: weights_of(ResT(arch=ARCH), 'backbone.'),
+        lambda: weights_of(ResT(arch=TINY), 'backbone.'),
     ),
     'init_cfg-mmengine': (
         lambda source, _: Plain(source).init_weights(),
