@@ -69,12 +69,25 @@ def safetensors_bytes(
     kept, left_out = {}, []
     for key, value in meta.items():
         try:
-            kept[key] = json.loads(json.dumps(value))
+            json.dumps(value)
         except (TypeError, ValueError):
             left_out.append(str(key))
+        else:
+            kept[key] = value
     # a copy of each: the format refuses tensors that share their memory
     tensors = {k: v.detach().cpu().clone().contiguous() for k, v in state_dict.items()}
-    return save(tensors, {'format': 'pt', _META: json.dumps(kept)}), left_out
+    content = save(tensors, {'format': 'pt', _META: json.dumps(kept)})
+    return _with_ordered_metadata(content), left_out
+
+
+def _with_ordered_metadata(content: bytes) -> bytes:
+    """Write the entries of the metadata in one order, else the hash is of chance."""
+    end = 8 + int.from_bytes(content[:8], 'little')
+    header = json.loads(content[8:end])
+    header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
+    text = json.dumps(header, separators=(',', ':')).encode()
+    text += b' ' * (-len(text) % 8)  # the tensors are aligned
+    return len(text).to_bytes(8, 'little') + text + content[end:]
 
 
 def _library() -> ModuleType:

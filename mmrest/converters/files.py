@@ -187,6 +187,12 @@ def publish(
     if format is None:
         format = 'safetensors' if dst.suffix == '.safetensors' else 'pth'
     if format == 'safetensors':
+        others = [k for k, v in kept['state_dict'].items() if not isinstance(v, Tensor)]
+        if others:
+            raise ConversionError(
+                f'state_dict holds other things than tensors, which safetensors cannot '
+                f'hold: {shorten(others)}. Publish it as .pth'
+            )
         try:
             content, left_out = safetensors_bytes(
                 kept['state_dict'], kept.get('meta', {})

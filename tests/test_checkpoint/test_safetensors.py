@@ -79,6 +79,13 @@ def test_without_the_package(path, save, weights, tmp_path, monkeypatch):
         publish(source, tmp_path / 'out.safetensors')
 
 
+def test_what_it_cannot_hold(save, weights, tmp_path):
+    source = save({'state_dict': {**weights, 'layer._extra_state': None}})
+    with pytest.raises(ConversionError, match='_extra_state. Publish it as .pth'):
+        publish(source, tmp_path / 'x.safetensors')
+    assert publish(source, tmp_path / 'x.pth').exists()
+
+
 def test_publishing(save, weights, tmp_path):
     """What JSON knows of meta comes back; shared and cut tensors are written."""
     state = {**weights, 'tied': weights['weight'], 'cut': weights['weight'][:, :2].t()}

@@ -45,29 +45,32 @@ def as_dict(instances):
     return fields
 
 
-@pytest.fixture(scope='module')
-def golden(data_dir):
-    def read(kind):
-        arrays = dict(np.load(data_dir / f'golden_{kind}_rest_small.npz'))
-        if 'masks' in arrays:
-            width = arrays['image'].shape[1]
-            masks = np.unpackbits(arrays['masks'], axis=-1)[..., :width]
-            arrays['masks'] = masks.astype(bool)
-        return arrays
-
-    return read
+def read_golden(data_dir, kind):
+    arrays = dict(np.load(data_dir / f'golden_{kind}_rest_small.npz'))
+    if 'masks' in arrays:
+        width = arrays['image'].shape[1]
+        masks = np.unpackbits(arrays['masks'], axis=-1)[..., :width]
+        arrays['masks'] = masks.astype(bool)
+    return arrays
 
 
-@pytest.fixture(scope='module', params=KINDS)
-def case(request, golden, native, detect):
-    """Kind, golden arrays, FPN features and detections of the converted model."""
-    arrays = golden(request.param)
-    features, found = detect(native(request.param, 'small'), arrays['image'])
-    return request.param, arrays, features, as_dict(found)
+def detections_of_the_recipe(kind, features, state, size):
+    """The recipe written in plain PyTorch, on the same features."""
+    levels = {f'p{FIRST_LEVEL[kind] + i}': x for i, x in enumerate(features)}
+    infer = mask_rcnn_inference if kind == 'mask_rcnn' else retinanet_inference
+    with torch.no_grad():
+        return infer(levels, state, size)
 
 
-def test_fpn(case):
-    kind, golden, features, _ = case
+@pytest.mark.parametrize(
+    'kind', ['retinanet', pytest.param('mask_rcnn', marks=pytest.mark.slow)]
+)
+def test_golden_detector(kind, data_dir, native, detect, published):
+    """The FPN's maps, the detections, and the heads on the same maps."""
+    golden = read_golden(data_dir, kind)
+    features, found = detect(native(kind, 'small'), golden['image'])
+    found = as_dict(found)
+    assert len(features) == 5
     for i, feature in enumerate(features):
         level = f'p{FIRST_LEVEL[kind] + i}'
         expected = float(golden[f'fpn_mean_abs/{level}'])
@@ -76,41 +79,25 @@ def test_fpn(case):
             np.testing.assert_allclose(
                 feature.numpy(), golden[f'fpn/{level}'], rtol=0, atol=5e-4
             )
-    assert len(features) == 5
-
-
-def test_detections(case):
-    kind, golden, _, found = case
     expected = {
         name: torch.from_numpy(golden[name]) for name in found if name in golden
     }
     assert set(expected) == set(found)
     assert_same_detections(found, expected, 0.01, SCORE_TOLERANCE[kind])
-
-
-def test_heads_are_those_of_the_recipe(case, published):
-    """The recipe written in plain PyTorch, on the same features."""
-    kind, golden, features, found = case
-    levels = {f'p{FIRST_LEVEL[kind] + i}': x for i, x in enumerate(features)}
-    infer = mask_rcnn_inference if kind == 'mask_rcnn' else retinanet_inference
-    with torch.no_grad():
-        expected = infer(levels, published(kind, 'small'), golden['image'].shape[:2])
+    size = golden['image'].shape[:2]
+    expected = detections_of_the_recipe(kind, features, published(kind, 'small'), size)
     assert_same_detections(found, expected, 0.002, 2e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ('kind', 'arch'), [('retinanet', 'base'), ('mask_rcnn', 'base')]
-)
-def test_heads_on_a_noisy_image(kind, arch, published, native, detect):
+@pytest.mark.parametrize('kind', KINDS)
+def test_heads_on_a_noisy_image(kind, published, native, detect, arch='base'):
     """Boxes that reach beyond the image, another arch, sides not divisible by 32."""
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (150, 213, 3), dtype=np.uint8)
     features, found = detect(native(kind, arch), image)
-    levels = {f'p{FIRST_LEVEL[kind] + i}': x for i, x in enumerate(features)}
-    infer = mask_rcnn_inference if kind == 'mask_rcnn' else retinanet_inference
-    with torch.no_grad():
-        expected = infer(levels, published(kind, arch), image.shape[:2])
+    state, size = published(kind, arch), image.shape[:2]
+    expected = detections_of_the_recipe(kind, features, state, size)
     assert len(expected['boxes']) > 50
     assert_same_detections(as_dict(found), expected, 0.002, 2e-5)
 

@@ -162,6 +162,7 @@ def test_rpn(head):
     assert_same_losses(losses, expected, module, source, names, mine, theirs)
 
 
+@pytest.mark.slow
 def test_roi_heads(head):
     module, source, names = head('mask_rcnn', 'roi_head')
     boxes = torch.tensor([[2.0, 3, 40, 46], [20, 11, 60, 57]])
