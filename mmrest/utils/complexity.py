@@ -90,7 +90,7 @@ def _dense_attention(model: nn.Module) -> Iterator[None]:
 
 
 def complexity(model: nn.Module, shape: tuple[int, int]) -> Complexity:
-    """Count a forward pass of one image, with the channels of the first convolution.
+    """Count a forward pass of one image, with the channels of its first convolution.
 
     A detector's heads run on the proposals that the model makes of a random
     image, at most 1,000 in the box head and 100 in the mask head.
@@ -111,9 +111,10 @@ def complexity(model: nn.Module, shape: tuple[int, int]) -> Complexity:
 
         if isinstance(model, BaseDetector):
             kwargs = {'data_samples': _data_samples(shape), 'mode': 'tensor'}
-    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d))
+    channels = next((m.in_channels for m in convolutions), 3)
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, first.in_channels, *shape, generator=generator)
+    image = torch.randn(1, channels, *shape, generator=generator)
     analyzer = FlopAnalyzer(_Forward(model, **kwargs), (image,))
     analyzer.set_op_handle(**HANDLES)
     analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False)

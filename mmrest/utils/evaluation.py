@@ -46,7 +46,7 @@ def draw_predictions(
     Raises:
         LaunchError: If the config has no such hook.
     """
-    hook = cfg.get('default_hooks', {}).get('visualization') or {}
+    hook = (cfg.get('default_hooks') or {}).get('visualization') or {}
     if type_name(hook) not in DRAWING:
         raise LaunchError(
             '--show and --show-dir need default_hooks.visualization to be one of '
@@ -105,14 +105,17 @@ def write_predictions(cfg: Config, path: str) -> None:
     """Have the evaluation write all predictions.
 
     Args:
-        cfg (Config): ``test_evaluator`` becomes a list and is changed in place.
+        cfg (Config): The metrics of ``test_evaluator`` become a list, which is changed
+            in place.
         path (str): ``NAME.pkl``; ``NAME.json`` for the result format of COCO; for a
             segmentor a folder for its label images.
 
     Raises:
         LaunchError: If the evaluator cannot write such a file.
     """
-    metrics = cfg.test_evaluator
+    evaluator = cfg.get('test_evaluator') or []
+    inner = isinstance(evaluator, dict) and 'metrics' in evaluator
+    metrics = evaluator['metrics'] if inner else evaluator
     metrics = list(metrics) if isinstance(metrics, (list, tuple)) else [metrics]
     kinds = {type_name(metric): metric for metric in metrics}
     if path.endswith(('.pkl', '.pickle')):
@@ -133,4 +136,7 @@ def write_predictions(cfg: Config, path: str) -> None:
             f'--out {path}: give a name that ends in .pkl, or in .json where the '
             'evaluator is CocoMetric, or a folder where it is IoUMetric.'
         )
-    cfg.test_evaluator = metrics
+    if inner:
+        evaluator['metrics'] = metrics
+    else:
+        cfg.test_evaluator = metrics

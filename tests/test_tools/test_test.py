@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from mmrest.checkpoint import read_checkpoint
-from mmrest.utils.evaluation import draw_predictions
+from mmrest.utils.evaluation import draw_predictions, write_predictions
 
 
 @pytest.fixture(scope='module')
@@ -179,3 +179,17 @@ def test_show_dir_keeps_the_other_backends():
     draw_predictions(cfg, show_dir='out')
     backends[1]['img_save_dir'] = '../out'
     assert cfg.visualizer.vis_backends == backends
+
+
+@pytest.mark.parametrize('form', ['dict', 'list', 'metrics'])
+def test_out_in_each_form_of_an_evaluator(form):
+    metric = dict(type='mmdet.CocoMetric', metric='bbox')
+    forms = dict(dict=metric, list=[metric], metrics=dict(metrics=[metric]))
+    cfg = Config(dict(default_scope='mmdet', test_evaluator=forms[form]))
+    write_predictions(cfg, 'all.pkl')
+    write_predictions(cfg, 'all.json')
+    metrics = cfg.test_evaluator.metrics if form == 'metrics' else cfg.test_evaluator
+    assert metrics == [
+        dict(metric, outfile_prefix='all'),
+        dict(type='mmdet.DumpDetResults', out_file_path='all.pkl'),
+    ]
