@@ -68,14 +68,17 @@ def check_load_from(
     model = _unwrapped(model)
     target = tensors_of(model)  # of a sharded model this takes all processes
 
+    latest = source if isinstance(source, Latest) else None
+    path = source.path if isinstance(source, Latest) else source
+
     def check() -> None:
-        if isinstance(source, Latest):
-            tensors, defects = source.state_dict, source.defects
-            if tensors is not None:  # a folder or an address is believed
-                _judge(model, target, source.path, tensors, defects=defects)
+        if latest and latest.state_dict is not None:
+            _judge(model, target, path, latest.state_dict, defects=latest.defects)
             return
+        if latest and os.path.isdir(path):
+            return  # a sharded checkpoint, which MMEngine's strategies read
         try:
-            checkpoint = read_checkpoint(source)
+            checkpoint = read_checkpoint(path)
         except RefusedError as error:
             if not error.is_for_newer_torch:
                 raise
@@ -87,12 +90,12 @@ def check_load_from(
                 checkpoint, dict
             ):
                 hook.after_load_checkpoint(None, checkpoint)
-        tensors = as_mmengine_reads(checkpoint, source)
+        tensors = as_mmengine_reads(checkpoint, path)
         wrapper = next((k for k in ('model', 'state_dict_ema') if k in checkpoint), '')
         new = None if exact else allow_missing
-        _judge(model, target, source, tensors, new, wrapper)
+        _judge(model, target, path, tensors, new, wrapper)
 
-    if not isinstance(source, Latest) and '://' in os.fspath(source):
+    if '://' in os.fspath(path):
         check()  # to download it takes all processes
     else:
         on_first_process(check)

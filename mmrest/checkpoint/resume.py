@@ -3,7 +3,6 @@
 It is read once, by the first process, which tells the others.
 """
 
-import logging
 import os
 import re
 import zipfile
@@ -12,7 +11,6 @@ from typing import Any, Callable, NamedTuple, Optional, TypeVar
 
 import torch
 from mmengine.dist import all_gather_object, broadcast_object_list, is_main_process
-from mmengine.logging import print_log
 from torch import Tensor
 
 from ..utils.text import shorten
@@ -151,8 +149,6 @@ def inspect_latest(path: Source) -> Latest:
     except RefusedError as error:
         if not error.is_for_newer_torch:
             raise
-        # as MMEngine does there, the run goes on; it is no worse than without us
-        print_log(f'Not checked: {error}', logger='current', level=logging.WARNING)
         return Latest(path, None, -1)
     broken = _broken_part(path)
     if broken is not None:

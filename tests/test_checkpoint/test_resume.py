@@ -231,13 +231,22 @@ def test_nothing_to_choose(tmp_path):
     assert choose_checkpoint(str(tmp_path)) is None
 
 
-def test_folders_and_addresses_are_believed(tmp_path):
+def test_a_sharded_checkpoint_is_believed(tmp_path):
     (tmp_path / 'sharded').mkdir()
     (tmp_path / 'sharded' / '__0_0.distcp').write_bytes(b'x')
-    for path in (str(tmp_path / 'sharded'), 's3://bucket/iter_7.pth'):
-        latest = choose_checkpoint(str(tmp_path), path)
-        assert latest.path == path and latest.iteration == -1
-        check_load_from(ToyModel(), latest)
+    latest = choose_checkpoint(str(tmp_path), str(tmp_path / 'sharded'))
+    assert latest.path == str(tmp_path / 'sharded') and latest.iteration == -1
+    check_load_from(ToyModel(), latest)
+
+
+def test_an_address_is_read_when_the_model_is_there(server, toy, tmp_path):
+    url, root = server
+    (toy / 'iter_7.pth').rename(root / 'iter_7.pth')
+    latest = choose_checkpoint(str(tmp_path), f'{url}/iter_7.pth')
+    assert latest.path == f'{url}/iter_7.pth' and latest.iteration == -1
+    check_load_from(ToyModel(), latest)
+    with pytest.raises(CheckpointError, match='instead of'):
+        check_load_from(ToyModel(width=5), latest)
 
 
 def test_a_process_that_sees_another_file(toy, monkeypatch):
