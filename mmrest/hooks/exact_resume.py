@@ -227,6 +227,8 @@ def choose_schedule(runner: Runner, checkpoint: dict, source: str) -> None:
         # a value that is scheduled is compared by what it starts from
         starts = [key for key in own if key.startswith('initial_')]
         scheduled = [key.replace('initial_', '') for key in starts]
+        if 'momentum' in scheduled:
+            scheduled.append('betas')  # where Adam has its momentum
         _compare('', own, group, ['params', *scheduled], changes)
     fits = [one.keys() for one in own_schedules] == [s.keys() for s in saved_schedules]
     if fits:

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import importlib
 import os
 import random
 import re
@@ -139,7 +140,12 @@ def test_other_storages_go_mmengines_way(tmp_path):
     assert not list(tmp_path.rglob('*.pth'))
 
 
-def test_old_name_is_deprecated():
+def test_old_names_are_deprecated():
+    with pytest.warns(DeprecationWarning, match='is now mmrest.hooks, mmrest.optim'):
+        engine = importlib.reload(importlib.import_module('mmrest.engine'))
+    names = 'WholeCheckpointHook', 'BlockFSDPStrategy', 'NonFiniteError', 'StopSignals'
+    assert all(hasattr(engine, name) for name in names)
+    assert engine.LayerDecayOptimWrapperConstructor
     with pytest.warns(DeprecationWarning, match='now called AtomicCheckpointHook'):
         hook = WholeCheckpointHook(interval=3)
     assert isinstance(hook, AtomicCheckpointHook) and hook.interval == 3

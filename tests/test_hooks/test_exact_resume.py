@@ -176,6 +176,11 @@ def test_those_of_the_config_can_be_used(tmp_path, changes, epochs):
 def test_nothing_is_said_where_nothing_changed(tmp_path):
     text, _ = resume_with(tmp_path, BEFORE, BEFORE)
     assert 'schedules of' not in text
+    adam = dict(type='AdamW', lr=0.01, betas=(0.9, 0.99))
+    momentum = dict(type='StepMomentum', step_size=1, by_epoch=False, end=10)
+    options = dict(optimizer=adam, param_scheduler=[steps(1), momentum])
+    text, _ = resume_with(tmp_path / 'momentum', options, options)
+    assert 'schedules of' not in text
     # weights alone are no resumed run
     runner = build(tmp_path / 'new', optimizer=dict(SGD, lr=0.5))
     runner._load_from = str(tmp_path / 'iter_6.pth')
