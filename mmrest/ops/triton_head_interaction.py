@@ -106,7 +106,6 @@ def is_available() -> bool:
     return _device_problem(device, None) is None
 
 
-@torch.compiler.assume_constant_result
 def _device_problem(device: str, index: Optional[int]) -> Optional[str]:
     """Why the kernels cannot run on a device; None if they can."""
     if not HAS_TRITON:
@@ -126,6 +125,11 @@ def _device_problem(device: str, index: Optional[int]) -> Optional[str]:
         wanted, found = ('.'.join(map(str, c)) for c in (MIN_CAPABILITY, capability))
         return f'it needs compute capability {wanted} or newer, found {found}'
     return None
+
+
+# A constant to compilers. torch.compiler.assume_constant_result sets the same mark, but
+# imports the compiler, which changes the environment of the process.
+_device_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def triton_head_interaction_attention(
