@@ -201,6 +201,13 @@ def test_decoding_may_be_left_out(cfg, dataset, finding):
     check_config(cfg)
 
 
+def test_images_of_another_loader_are_not_decoded(cfg, dataset):
+    (dataset / 'images' / 'train_2.jpg').write_bytes(b'of a scanner')
+    step = dict(type='LoadMultiChannelImageFromFiles')
+    cfg.train_dataloader.dataset.pipeline[0] = step
+    check_config(cfg)
+
+
 def test_wrapped_datasets_are_looked_into(cfg, dataset, finding):
     part = cfg.train_dataloader.dataset
     other = Config(dict(part)).to_dict() | dict(ann_file='more.json')

@@ -1,6 +1,5 @@
 """An annotation file in COCO format: readable, consistent, with the right classes."""
 
-import gc
 import json
 import math
 from collections import Counter
@@ -40,6 +39,7 @@ class CocoDataset:
         min_size (int): Images with a smaller side are left out of training.
         filter_empty (bool): Whether images without annotations are, too.
         apply_exif_orientation (bool): Whether images are loaded by it.
+        loads_files (bool): Whether mmcv loads them, so that they may be decoded here.
         needs_masks (bool): Whether the pipeline or the metric uses masks.
         polygons_only (bool): Whether the pipeline takes polygons alone, no RLE.
         panoptic (bool): Whether annotations are lists of segments.
@@ -57,6 +57,7 @@ class CocoDataset:
     min_size: int = 0
     filter_empty: bool = False
     apply_exif_orientation: bool = True
+    loads_files: bool = True
     needs_masks: bool = False
     polygons_only: bool = False
     panoptic: bool = False
@@ -155,6 +156,7 @@ def _describe(where: str, leaf: dict) -> CocoDataset:
         min_size=filters.get('min_size', 0),
         filter_empty=filters.get('filter_empty_gt', False),
         apply_exif_orientation=applies_exif_orientation(leaf),
+        loads_files=bool(find_steps(leaf, 'LoadImageFromFile')),
         needs_masks=bool(masks) and not panoptic,
         polygons_only=any(not step.get('poly2mask', True) for step in masks),
         panoptic=panoptic,
@@ -201,13 +203,7 @@ def _read(path: str) -> Any:
     """Read JSON in UTF-8, with polygons cut down to their lengths."""
     with open(path, 'rb') as file:
         text = shorten_polygons(file.read()).decode()
-    collects = gc.isenabled()
-    gc.disable()  # it would look through millions of objects again and again
-    try:
-        return json.loads(text)
-    finally:
-        if collects:
-            gc.enable()
+    return json.loads(text)
 
 
 def parse(content: Any, dataset: CocoDataset) -> Content:
@@ -314,7 +310,8 @@ def _numbers(rows: list, length: int) -> np.ndarray:
             row if all(isinstance(value, (int, float)) for value in row) else nothing
             for row in rows
         ]
-    values = np.array(rows, float).reshape(-1, length)
+    flat = np.fromiter(chain.from_iterable(rows), float, len(rows) * length)
+    values = flat.reshape(-1, length)
     return np.where(np.isfinite(values).all(1, keepdims=True), values, math.nan)
 
 

@@ -151,7 +151,7 @@ def check_images(
         )
     bad: list[str] = []
     kinds: Counter = Counter()
-    sample = spread(present, decode)
+    sample = spread(present, decode if dataset.loads_files else 0)
     for item in sample:
         name, stated = item['file_name'], (item['width'], item['height'])
         try:

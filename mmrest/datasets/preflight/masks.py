@@ -4,8 +4,9 @@
 that nobody wrote, and at a coordinate that is not a number it never returns.
 """
 
+import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import numpy as np
@@ -44,7 +45,8 @@ class Polygons(NamedTuple):
     fault: Optional[str] = None
 
     @classmethod
-    def of(cls, lengths: Sequence[int], fault: Optional[str] = None) -> 'Polygons':
+    @functools.lru_cache(4096)
+    def of(cls, *lengths: int, fault: Optional[str] = None) -> 'Polygons':
         """Summarise polygons of so many numbers."""
         usable = any(length >= 6 and length % 2 == 0 for length in lengths)
         return cls(lengths[0], usable, fault)
@@ -62,11 +64,17 @@ def _shorten(match: 're.Match[bytes]') -> bytes:
     text = match[1].translate(_ZEROS)
     if b'0' * 7 in text:  # far off, or of many decimals
         return match[0]
-    lengths = [
-        part.count(b',', part.rfind(b'[')) + (b'0' in part)
-        for part in text.split(b']')[:-2]
-    ]
-    return f'"{_LENGTHS}":{lengths}'.encode()
+    return _lengths_text(
+        tuple(
+            part.count(b',', part.rfind(b'[')) + (b'0' in part)
+            for part in text.split(b']')[:-2]
+        )
+    )
+
+
+@functools.lru_cache(4096)
+def _lengths_text(lengths: tuple[int, ...]) -> bytes:
+    return f'"{_LENGTHS}":{list(lengths)}'.encode()
 
 
 def read_mask(item: dict) -> Any:
@@ -80,7 +88,7 @@ def read_mask(item: dict) -> Any:
         Polygons | dict | None: RLE as it is, and None if there is no mask.
     """
     if _LENGTHS in item:
-        return Polygons.of(item[_LENGTHS])
+        return Polygons.of(*item[_LENGTHS])
     mask = item.get('segmentation')
     if not isinstance(mask, list) or not mask:
         return mask or None
@@ -92,7 +100,7 @@ def read_mask(item: dict) -> Any:
             fault = 'a coordinate is no number'
         elif not all(abs(value) < FAR for value in part):  # also true of NaN
             fault = 'a coordinate is NaN, infinite or far off'
-    return Polygons.of([len(part) for part in mask], fault)
+    return Polygons.of(*map(len, mask), fault=fault)
 
 
 def check_masks(dataset: 'CocoDataset', content: 'Content') -> Iterator[str]:

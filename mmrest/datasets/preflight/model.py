@@ -70,7 +70,7 @@ def check_weights(cfg: Any, stage: str) -> Iterator[str]:
         checkpoint = _pretrained(part)
         if checkpoint and not _is_there(checkpoint):
             yield _describe_absence(where, part, checkpoint)
-        elif checkpoint and where == 'model':
+        elif checkpoint and where == 'model' and 'prefix' not in part['init_cfg']:
             yield from _check_level(part, checkpoint)
         random = 'init_cfg' in part and not checkpoint and not part.get('pretrained')
         if random and part.get('frozen_stages', -1) >= 0 and not start:
@@ -104,7 +104,9 @@ def _describe_absence(where: str, part: dict, checkpoint: str) -> str:
 
 def _check_level(model: dict, path: str) -> Iterator[str]:
     """Find weights of the backbone that are named as those of the whole model."""
-    parts = [key for key, part in model.items() if isinstance(part, dict) and part]
+    parts = [
+        key for key, part in model.items() if part and isinstance(part, (dict, list))
+    ]
     if '://' in path or 'ImageClassifier' in bases(model, MODELS):
         return  # an ImageClassifier takes the published form
     try:

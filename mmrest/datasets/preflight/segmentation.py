@@ -58,13 +58,14 @@ def find_seg_datasets(cfg: Any, split: str) -> list[SegDataset]:
     """List the segmentation datasets of a split.
 
     Datasets on other storage than the file system, and those whose pipeline loads
-    no labels, are passed over.
+    no labels, or images by other means than mmcv's, are passed over.
     """
     return [
         _describe(where, leaf, ignored_label(cfg))
         for where, leaf in find_datasets(cfg, split)
         if 'BaseSegDataset' in bases(leaf, DATASETS)
         and find_steps(leaf, 'LoadAnnotations')
+        and find_steps(leaf, 'LoadImageFromFile')
         and not is_remote(leaf)
     ]
 
