@@ -3,7 +3,7 @@
 import copy
 import os
 import os.path as osp
-from typing import Optional
+from typing import Any, Optional
 
 from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
@@ -113,7 +113,7 @@ def write_predictions(cfg: Config, path: str) -> None:
     Raises:
         LaunchError: If the evaluator cannot write such a file.
     """
-    evaluator = cfg.get('test_evaluator') or []
+    evaluator: Any = cfg.get('test_evaluator') or []
     inner = isinstance(evaluator, dict) and 'metrics' in evaluator
     metrics = evaluator['metrics'] if inner else evaluator
     metrics = list(metrics) if isinstance(metrics, (list, tuple)) else [metrics]

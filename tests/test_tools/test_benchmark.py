@@ -156,6 +156,7 @@ def test_peers_are_trained_whole(peer):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_reason_of_a_failure():
     from benchmark_subjects import Subject
     from benchmark_worker import Settings, SubjectFailed, Worker
