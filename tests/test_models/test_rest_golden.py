@@ -84,7 +84,7 @@ def test_gradients(golden, arch, batch, attn_impl, dtype):
     loss.backward()
     if f'rest_{arch}/grad/input' in golden:
         expected = golden[f'rest_{arch}/grad/input']
-        limit = 1e-9 if dtype == torch.float64 else 2e-4
+        limit = 1e-9 if dtype == torch.float64 else 3e-4
         assert relative_error(x.grad, expected) <= limit
     # the gradients of some biases are exactly 0: what stands there is rounding
     rel, floor = (1e-7, 1e-3) if dtype == torch.float64 else (5e-4, None)

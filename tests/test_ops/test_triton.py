@@ -23,6 +23,8 @@ from mmrest.ops import triton_head_interaction as kernels
 from mmrest.ops.triton_head_interaction import why_not
 
 triton = pytest.importorskip('triton', reason='needs Triton')
+if tuple(map(int, triton.__version__.split('.')[:2])) < kernels.MIN_TRITON:
+    pytest.skip('needs a newer Triton', allow_module_level=True)
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
