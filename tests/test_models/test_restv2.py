@@ -306,6 +306,11 @@ def test_layer_depths_and_units():
     rates = {g['param_name']: g['lr'] for g in wrapper.optimizer.param_groups}
     assert rates['stem.proj.0.weight'] == 0.5**6
     assert rates['norm_4.weight'] == 1.0
+    with pytest.raises(ValueError, match="decay_type .* 'stage_wise', found 'depth'"):
+        LayerDecayOptimWrapperConstructor(
+            dict(optimizer=dict(type='AdamW', lr=1.0)),
+            dict(layer_decay_rate=0.5, decay_type='depth'),
+        )
 
 
 def test_drop_path_rises_linearly():

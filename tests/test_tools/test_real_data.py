@@ -18,7 +18,10 @@ def data_options(config, root, train, val, images, classes=None):
     """The fields that name a data set, and smaller images for time."""
     heads = ['roi_head.bbox_head', 'roi_head.mask_head']
     heads = heads if config.startswith('mask_rcnn') else ['bbox_head']
-    options = [f'train_dataloader.dataset.pipeline.3.scales=[{SIDE}]']
+    resize = 4 if 'restv2' in config else 3  # after a crop
+    options = [f'train_dataloader.dataset.pipeline.{resize}.scales=[{SIDE}]']
+    if config.startswith('mask_rcnn/restv2'):
+        options.append('optim_wrapper.type=OptimWrapper')  # float16 needs a GPU
     for split in ('train', 'val', 'test'):
         dataset = f'{split}_dataloader.dataset'
         options += [
@@ -56,27 +59,42 @@ DATA = dict(
 
 @pytest.fixture(scope='module')
 def pretrained(tmp_path_factory, published_shapes):
-    """rest_small.pth as the authors publish it: the state dict under ``model``."""
-    state = {
-        key: torch.zeros(
-            shape, dtype=torch.long if key.endswith('tracked') else torch.float
-        )
-        for key, shape in published_shapes['rest_small'].items()
-    }
-    path = tmp_path_factory.mktemp('pretrained') / 'rest_small.pth'
-    torch.save(dict(model=fill(state)), path)
-    return path
+    """Files as the authors publish them: the state dict under ``model``."""
+
+    def write(arch):
+        state = {
+            key: torch.zeros(
+                shape, dtype=torch.long if key.endswith('tracked') else torch.float
+            )
+            for key, shape in published_shapes[arch].items()
+        }
+        path = tmp_path_factory.mktemp('pretrained') / f'{arch}.pth'
+        torch.save(dict(model=fill(state)), path)
+        return path
+
+    return write
 
 
-@pytest.mark.parametrize('name', list(DATA))
-@pytest.mark.parametrize('detector', ['mask_rcnn', 'retinanet'])
-def test_train_resume_and_test(run, call, shared, pretrained, tmp_path, detector, name):
-    config = f'{detector}/rest_small_fpn_1x.py'
+@pytest.mark.parametrize(
+    ('detector', 'arch', 'name', 'tensors'),
+    [
+        *(
+            (detector, 'rest_small', name, 272)
+            for detector in ('mask_rcnn', 'retinanet')
+            for name in DATA
+        ),
+        ('mask_rcnn', 'restv2_tiny', 'coco_tiny', 270),
+    ],
+)
+def test_train_resume_and_test(
+    run, call, shared, pretrained, tmp_path, detector, arch, name, tensors
+):
+    config = f'{detector}/{arch}_fpn_1x.py'
     data = data_options(config, shared / 'data' / name, **DATA[name])
     options = [
         '--cfg-options',
         *data,
-        f'model.backbone.init_cfg.checkpoint={pretrained}',
+        f'model.backbone.init_cfg.checkpoint={pretrained(arch)}',
         'default_hooks.logger.interval=1',
         'default_hooks.checkpoint.interval=1',
         'train_cfg.val_interval=2',
@@ -84,7 +102,7 @@ def test_train_resume_and_test(run, call, shared, pretrained, tmp_path, detector
     work_dir = tmp_path / 'run'
     train = ['train.py', f'mmrest::{config}', '--work-dir', work_dir]
     output = call(*train, *options, 'train_cfg.max_iters=1', cwd=tmp_path)
-    assert 'Loaded 272 tensors' in output
+    assert f'Loaded {tensors} tensors' in output
     output = call(*train, '--resume', *options, 'train_cfg.max_iters=2', cwd=tmp_path)
     assert 'resumed' in output.lower() and 'Iter(train) [2/2]' in output
 
