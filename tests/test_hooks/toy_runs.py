@@ -224,6 +224,8 @@ def build(
 def train(*args, **kwargs):
     runner = build(*args, **kwargs)
     runner.train()
+    if hasattr(runner.train_loop, 'dataloader_iterator'):
+        del runner.train_loop.dataloader_iterator  # ends its workers
     return runner
 
 
