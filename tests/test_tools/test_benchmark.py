@@ -9,7 +9,6 @@ import torch
 from mmengine.analysis import FlopAnalyzer
 from PIL import Image
 
-from mmrest import ResT
 from mmrest.utils.complexity import HANDLES
 
 
@@ -21,12 +20,12 @@ def _tools_on_path(repo):
     sys.path.remove(folder)
 
 
-@pytest.mark.parametrize('arch', ['lite', 'base'])
+@pytest.mark.parametrize('arch', ['lite', 'base', 'v2-tiny', 'v2-large'])
 @pytest.mark.parametrize('shape', [(64, 96), (75, 130)])
 def test_macs_are_those_of_a_traced_model(arch, shape):
-    from benchmark_subjects import rest_macs
+    from benchmark_subjects import Subject, build_model, rest_macs
 
-    model = ResT(arch=arch).eval()
+    model = build_model(Subject('', arch=arch)).eval()
     analyzer = FlopAnalyzer(model, (torch.zeros(1, 3, *shape),))
     analyzer.set_op_handle(**HANDLES).unsupported_ops_warnings(False)
     analyzer.tracer_warnings('none').uncalled_modules_warnings(False)

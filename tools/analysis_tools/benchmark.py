@@ -24,8 +24,9 @@ from benchmark_report import (
 from benchmark_subjects import Shape, Subject, list_subjects
 from benchmark_worker import Settings, SubjectFailed, Worker
 
-from mmrest.models.rest import ARCHS
+from mmrest.models import rest, restv2
 
+ARCHS = (*rest.ARCHS, *(f'v2-{arch}' for arch in restv2.ARCHS))
 DTYPES = ('float32', 'bfloat16', 'float16')
 SWEEP = ('320x320', '480x640', '640x1024', '800x1344', '1120x1792', '1600x2560')
 

@@ -22,6 +22,12 @@ PEERS = {
 }
 
 
+def rest_of(arch: str) -> tuple[str, str]:
+    """The class and the arch of it that ``'v2-tiny'`` and the like stand for."""
+    start, _, end = arch.rpartition('-')
+    return ('ResTV2' if start == 'v2' else 'ResT'), end
+
+
 @dataclass(frozen=True)
 class Subject:
     """One row of the table.
@@ -30,7 +36,8 @@ class Subject:
         name (str): what the table calls it, without the dtype.
         dtype (str): 'float32', or a type that autocast (for a product: the
             matrices) takes.
-        arch (str, optional): a ResT of this arch, with the three fields below.
+        arch (str, optional): a ResT of this arch, with the three fields below; after
+            ``'v2-'`` a ResTV2.
         attn_impl (str): as in :class:`mmrest.ResT`.
         with_cp (bool): likewise.
         compile (bool): whether the model goes through ``torch.compile``.
@@ -69,18 +76,22 @@ def rest_macs(arch: str, shape: Shape) -> Macs:
     N M C each, and the 1x1 convolution over the heads h^2 N M.
 
     Args:
-        arch (str | dict): as in :class:`mmrest.ResT`.
+        arch (str): as in :class:`Subject`.
         shape (tuple[int, int]): height and width of the image.
     """
-    from mmrest.models.rest import ARCHS
-    from mmrest.models.utils import resolve_arch
+    from mmrest.models import rest, restv2
 
-    sizes = resolve_arch(arch, ARCHS)
+    model, arch = rest_of(arch)
+    sizes = (rest if model == 'ResT' else restv2).ARCHS[arch]
     height, width = (ceil(side / 2) for side in shape)
     dim = sizes.embed_dims[0]
     mid = dim // 2
-    # the stem's first two convolutions; its last is the entry of stage 1
-    linear = height * width * 9 * (3 * mid + mid * mid)
+    # the stem's first convolutions; its last with stride 2 is the entry of stage 1
+    linear = height * width * 9 * 3 * mid
+    if model == 'ResT':
+        linear += height * width * 9 * mid * mid
+    else:
+        linear += ceil(height / 2) * ceil(width / 2) * dim * dim
     quadratic = 0
     dims_in = (mid, *sizes.embed_dims)
     stages = zip(dims_in, *sizes)
@@ -92,8 +103,9 @@ def rest_macs(arch: str, shape: Shape) -> Macs:
         reduce = keys * (reduction + 1) ** 2 * dim if reduction > 1 else 0
         projections = 2 * (queries + keys) * dim**2
         mlp = 2 * queries * dim * int(dim * mlp_ratio)
-        linear += depth * (reduce + projections + mlp)
-        mixing = heads**2 if heads > 1 else 0
+        upsample = keys * 9 * dim * reduction**2 if model == 'ResTV2' else 0
+        linear += depth * (reduce + projections + mlp + upsample)
+        mixing = heads**2 if heads > 1 and model == 'ResT' else 0
         quadratic += depth * queries * keys * (2 * dim + mixing)
     return Macs(linear, quadratic)
 
@@ -123,7 +135,7 @@ def _of_one_dtype(
     matmul: int,
 ) -> Iterator[Subject]:
     for arch in archs:
-        name = f'ResT-{arch}'
+        name = f'ResT{arch}' if arch.startswith('v2') else f'ResT-{arch}'
         yield Subject(f'{name} dense', dtype, arch, attn_impl='dense')
         yield Subject(f'{name} auto', dtype, arch)
         if with_cp:
@@ -141,10 +153,11 @@ def build_model(subject: Subject) -> nn.Module:
     """Build the backbone of a subject, with weights drawn at random."""
     torch.manual_seed(0)
     if subject.arch:
-        from mmrest import ResT
+        import mmrest
 
-        model = ResT(
-            arch=subject.arch, attn_impl=subject.attn_impl, with_cp=subject.with_cp
+        kind, arch = rest_of(subject.arch)
+        model = getattr(mmrest, kind)(
+            arch=arch, attn_impl=subject.attn_impl, with_cp=subject.with_cp
         )
     else:
         model = _build_peer(PEERS[subject.peer])
