@@ -63,5 +63,5 @@ def find_toolbox(cfg: dict) -> Optional[str]:
     model = cfg.get('model') or {}
     kind = model.get('type')
     module = kind if isinstance(kind, str) else getattr(kind, '__module__', '')
-    package = model.get('_scope_') or module.partition('.')[0]
-    return package if package in TOOLBOXES else None
+    packages = (model.get('_scope_'), module.partition('.')[0])
+    return next((name for name in packages if name in TOOLBOXES), None)

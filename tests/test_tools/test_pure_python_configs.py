@@ -224,6 +224,7 @@ def test_get_flops(call, pure):
         (dict(default_scope='mmseg', model=dict(type='RetinaNet')), 'mmseg'),
         (dict(default_scope=None, model=dict(type='mmdet.RetinaNet')), 'mmdet'),
         (dict(model=dict(type='ImageClassifier', _scope_='mmpretrain')), 'mmpretrain'),
+        (dict(model=dict(type='mmseg.UNet', _scope_='mmrest')), 'mmseg'),
         (dict(model=dict(type='RetinaNet')), None),
         (dict(), None),
     ],
