@@ -69,18 +69,18 @@ class _Span(NamedTuple):
     number: int
 
 
-def tile_bytes(device: torch.device) -> int:
+def tile_bytes(device: torch.device, gpu_bytes: int = GPU_TILE_BYTES) -> int:
     """Bytes that the scores of one tile may take.
 
     The environment variable ``MMREST_TILE_BYTES`` overrides the default (4 MiB
-    on a CPU, 128 MiB elsewhere).
+    on a CPU, ``gpu_bytes`` elsewhere, which is 128 MiB by default).
 
     Raises:
         ValueError: If ``MMREST_TILE_BYTES`` is not a positive integer.
     """
     override = os.environ.get('MMREST_TILE_BYTES')
     if override is None:
-        return CPU_TILE_BYTES if device.type == 'cpu' else GPU_TILE_BYTES
+        return CPU_TILE_BYTES if device.type == 'cpu' else gpu_bytes
     if not override.isdecimal() or int(override) == 0:
         raise ValueError(
             'MMREST_TILE_BYTES must be a positive integer (bytes of one tile of '
@@ -89,7 +89,12 @@ def tile_bytes(device: torch.device) -> int:
     return int(override)
 
 
-def choose_tile(q: Tensor, num_keys: int, tile_rows: Optional[int] = None) -> Tile:
+def choose_tile(
+    q: Tensor,
+    num_keys: int,
+    tile_rows: Optional[int] = None,
+    gpu_bytes: int = GPU_TILE_BYTES,
+) -> Tile:
     """Choose the tile for queries of shape (B, h, N, d) and ``num_keys`` keys.
 
     Whole images are taken together while they fit into :func:`tile_bytes`;
@@ -100,6 +105,7 @@ def choose_tile(q: Tensor, num_keys: int, tile_rows: Optional[int] = None) -> Ti
         num_keys (int): Number of keys M.
         tile_rows (int, optional): Query rows of a tile, instead of the number
             that follows from the memory budget.
+        gpu_bytes (int): The memory budget on a GPU, see :func:`tile_bytes`.
 
     Raises:
         ValueError: If ``tile_rows`` is not positive.
@@ -110,7 +116,7 @@ def choose_tile(q: Tensor, num_keys: int, tile_rows: Optional[int] = None) -> Ti
             raise ValueError(f'tile_rows must be at least 1, found {tile_rows}')
         return Tile(images=1, rows=tile_rows)
     row_bytes = max(1, heads * num_keys * max(4, q.element_size()))
-    rows = max(MIN_ROWS, tile_bytes(q.device) // row_bytes)
+    rows = max(MIN_ROWS, tile_bytes(q.device, gpu_bytes) // row_bytes)
     if rows >= num_queries:
         images = max(1, min(batch, rows // max(1, num_queries)))
         return Tile(images=images, rows=max(1, num_queries))

@@ -44,8 +44,9 @@ times the operations of ``q k^T``, and rounds the queries once more.
 """
 
 import math
+from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any, Optional, no_type_check
+from typing import Any, NamedTuple, Optional, no_type_check
 
 import torch
 from torch import Tensor
@@ -71,9 +72,14 @@ ROWS = 4
 # By itself, the assembler spills a register or two of some kernels, so that one more
 # block fits on a multiprocessor.
 PTX_OPTIONS = '--register-usage-level 3'
-# Rows of the score tiles start at multiples of this many entries, so that loads are
-# 16 bytes wide and the products find aligned operands.
-ROW_ALIGNMENT = 16
+# Bytes of one tile's scores in float32; two tiles are alive in the backward pass. At
+# this size, a launch has work for longer than the next one takes to prepare.
+GPU_TILE_BYTES = 512 * 2**20
+# Keys and queries are padded with zeros to multiples of these, so that loads are 16
+# bytes wide, and each size and stride of a product suits the fast kernels of cuBLAS:
+# at 1050 keys it takes one for operands of any alignment, at half the speed.
+KEY_ALIGNMENT = 16
+QUERY_ALIGNMENT = 32
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Optional[str]:
@@ -155,12 +161,22 @@ def triton_head_interaction_attention(
         eps (float): Added to the variance of a map.
         bias (Tensor, optional): Bias of the convolution. It cancels in the softmax,
             and its gradient is 0.
-        tile_rows (int, optional): Query rows of a tile. Default: as for ``'tiled'``.
+        tile_rows (int, optional): Query rows of a tile. Default: what 512 MiB of
+            scores in float32 hold, or ``MMREST_TILE_BYTES`` of them.
 
     Returns:
         Tensor: Of shape (B, h, N, d), in the memory order (B, N, h, d).
     """
-    return _attention_op(q, k, v, weight, bias, scale, eps, tile_rows)[0]
+    # the operator costs more time than a small stage's kernels; compilers, fake
+    # tensors and modes that watch or replace operators need it
+    is_plain = type(q) in (Tensor, torch.nn.Parameter)
+    if (
+        torch.compiler.is_compiling()
+        or not is_plain
+        or torch._C._len_torch_dispatch_stack()
+    ):
+        return _attention_op(q, k, v, weight, bias, scale, eps, tile_rows)[0]
+    return _Attention.apply(q, k, v, weight, bias, scale, eps, tile_rows)
 
 
 # ---------------------------------------------------------------------------------
@@ -169,7 +185,8 @@ def triton_head_interaction_attention(
 # Tensors of a block have shape (ROWS, KEYS), and a tuple holds one for each head.
 # A warp has one row, a thread LANE neighbouring keys of it. Loops over heads are
 # unrolled. Logarithms and exponentials have base 2: `weight` is W log2(e). Columns
-# of a tile beyond the last key hold finite numbers, which no product reads.
+# of a tile beyond the last key meet zeros in the products, or give rows that nothing
+# reads.
 # ---------------------------------------------------------------------------------
 
 
@@ -177,7 +194,7 @@ def _jit(function: Any) -> Any:
     if not HAS_TRITON:
         return function
     # sizes that differ between images must not compile a kernel again
-    sizes = ('rows', 'num_keys', 'num_queries')
+    sizes = ('rows', 'num_keys', 'num_queries', 'length', 'parts')
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
     return triton.jit(
         function, do_not_specialize=[name for name in names if name in sizes]
@@ -219,6 +236,7 @@ def forward_kernel(
     weight,
     statistics,
     rows,
+    length,
     num_keys,
     row_stride,
     num_queries,
@@ -237,7 +255,7 @@ def forward_kernel(
     inside = row < rows
     column = tl.arange(0, KEYS)
     block = tl.arange(0, ROWS)[:, None] * row_stride + column[None, :]
-    step = rows.to(tl.int64) * row_stride
+    step = length.to(tl.int64) * row_stride
     scores += image * HEADS * step + tl.program_id(0).to(tl.int64) * ROWS * row_stride
 
     top = ()
@@ -305,6 +323,7 @@ def backward_kernel(
     grad_dot_out,
     grad_weight,
     rows,
+    length,
     num_keys,
     row_stride,
     num_queries,
@@ -319,7 +338,7 @@ def backward_kernel(
     inside = row < rows
     column = tl.arange(0, KEYS)
     block = tl.arange(0, ROWS)[:, None] * row_stride + column[None, :]
-    step = rows.to(tl.int64) * row_stride
+    step = length.to(tl.int64) * row_stride
     place = image * HEADS * step + tl.program_id(0).to(tl.int64) * ROWS * row_stride
     scores += place
     grads += place
@@ -377,11 +396,14 @@ def backward_kernel(
         new_sums = ()
         for i in tl.static_range(HEADS):
             x = _mix(weight, maps, i, HEADS) - top[i][:, None]
-            p = tl.where(valid, tl.exp2(x), 0.0) * inverse[i][:, None]
+            e = tl.where(valid, tl.exp2(x), 0.0)
+            # to the last bit as in the forward pass
+            centred = e * (inverse[i] * num_keys)[:, None] - 1.0
+            centred = centred.to(scores.dtype.element_ty)
+            tl.store(scores + first + i * step + block, centred, mask=mask)
+            p = e * inverse[i][:, None]
             t = tl.load(grads + first + i * step + block, mask=mask, other=0.0)
             grad = p * (r[i] * t.to(tl.float32) + c[i] * p - delta[i][:, None])
-            centred = (p * num_keys - 1.0).to(scores.dtype.element_ty)
-            tl.store(scores + first + i * step + block, centred, mask=mask)
             new_maps = ()
             for j in tl.static_range(HEADS):
                 part = _fold(grad * maps[j], LANE)
@@ -400,7 +422,7 @@ def backward_kernel(
     # one store for 32 entries of dW, one a thread
     COUNT: tl.constexpr = HEADS * HEADS
     entry = tl.arange(0, 32)[None, :]
-    share = grad_weight + (image * rows + row[:, None]) * COUNT
+    share = grad_weight + (image * num_queries + row[:, None]) * COUNT
     for start in tl.static_range(0, COUNT, 32):
         sum_of = tl.zeros((ROWS, 32), tl.float32)
         for index in tl.static_range(32):
@@ -414,34 +436,168 @@ def backward_kernel(
 
 @_jit
 @no_type_check
-def dot_kernel(
-    a,
-    b,
-    sums,
-    num_queries,
-    a_image,
-    a_head,
-    a_row,
-    b_image,
-    b_head,
-    b_row,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Sums of ``a * b`` over blocks of rows of each head, in float32."""
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
-    column = tl.arange(0, COLUMNS)[None, :]
-    image = (tl.program_id(1) // HEADS).to(tl.int64)
-    head = tl.program_id(1) % HEADS
-    mask = (row < num_queries) & (column < DIM)
-    a = a + image * a_image + head * a_head + row * a_row + column
-    b = b + image * b_image + head * b_head + row * b_row + column
-    product = tl.load(a, mask=mask, other=0.0).to(tl.float32)
-    product = product * tl.load(b, mask=mask, other=0.0).to(tl.float32)
+def _pack(
+    source, target, rows, padded, image, head, row, column,
+    HEADS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Copy a block of a head's rows to (B, h, padded, d); 0 beyond the last row.
+
+    The numbers ``image`` to ``column`` are the strides of ``source``.
+    """
+    n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
+    d = tl.arange(0, COLUMNS)[None, :]
+    pair = tl.program_id(1).to(tl.int64)
+    source += pair // HEADS * image + pair % HEADS * head
+    values = tl.load(
+        source + n * row + d * column, mask=(n < rows) & (d < DIM), other=0.0
+    )
+    tl.store(
+        target + (pair * padded + n) * DIM + d, values, mask=(n < padded) & (d < DIM)
+    )
+    return values
+
+
+@_jit
+@no_type_check
+def pack_kernel(
+    q, k, v, weight, q_packed, k_packed, v_packed, mix,
+    num_queries, num_keys, padded_queries, padded_keys,
+    q_image, q_head, q_row, q_column,
+    k_image, k_head, k_row, k_column,
+    v_image, v_head, v_row, v_column,
+    HEADS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Copy q, k and v to (B, h, padded rows, d); write ``weight * log2(e)``."""
+    kind = tl.program_id(2)
+    if kind == 0:
+        _pack(
+            q, q_packed, num_queries, padded_queries, q_image, q_head, q_row, q_column,
+            HEADS, DIM, ROWS, COLUMNS,
+        )  # fmt: skip
+        entry = tl.arange(0, 64)
+        mask = (entry < HEADS * HEADS) & (tl.program_id(0) + tl.program_id(1) == 0)
+        values = tl.load(weight + entry, mask=mask, other=0.0).to(tl.float32)
+        tl.store(mix + entry, values * 1.4426950408889634, mask=mask)
+    if kind == 1:
+        _pack(
+            k, k_packed, num_keys, padded_keys, k_image, k_head, k_row, k_column,
+            HEADS, DIM, ROWS, COLUMNS,
+        )  # fmt: skip
+    if kind == 2:
+        _pack(
+            v, v_packed, num_keys, padded_keys, v_image, v_head, v_row, v_column,
+            HEADS, DIM, ROWS, COLUMNS,
+        )  # fmt: skip
+
+
+@_jit
+@no_type_check
+def grad_kernel(
+    grad, out, grad_packed, sums,
+    num_queries, padded_queries,
+    grad_image, grad_head, grad_row, grad_column,
+    out_image, out_head, out_row,
+    HEADS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Copy G to (B, h, padded rows, d); sum ``G * out`` over blocks of its rows."""
+    values = _pack(
+        grad, grad_packed, num_queries, padded_queries,
+        grad_image, grad_head, grad_row, grad_column,
+        HEADS, DIM, ROWS, COLUMNS,
+    )  # fmt: skip
+    n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
+    d = tl.arange(0, COLUMNS)[None, :]
+    pair = tl.program_id(1).to(tl.int64)
+    out += pair // HEADS * out_image + pair % HEADS * out_head + n * out_row + d
+    other = tl.load(out, mask=(n < num_queries) & (d < DIM), other=0.0)
+    product = values.to(tl.float32) * other.to(tl.float32)
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     tl.store(sums + program, tl.sum(tl.sum(product, axis=1), axis=0))
+
+
+@_jit
+@no_type_check
+def gain_kernel(
+    statistics, gain, num_queries, num_keys, eps,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``r / sqrt(M)`` of a head, from what its rows add to M times the variance."""
+    image = (tl.program_id(0) // HEADS).to(tl.int64)
+    head = tl.program_id(0) % HEADS
+    row = tl.arange(0, BLOCK)
+    statistics += image * num_queries * (3 * HEADS) + 2 * HEADS + head
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, num_queries, BLOCK):
+        pointers = statistics + (first + row).to(tl.int64) * (3 * HEADS)
+        total += tl.load(pointers, mask=row < num_queries - first, other=0.0)
+    variance = tl.sum(total, axis=0) + eps * num_keys.to(tl.float32)
+    tl.store(gain + tl.program_id(0), 1.0 / tl.sqrt(variance))
+
+
+@_jit
+@no_type_check
+def _unpack(
+    source, target, factor, rows, padded, parts, image, head, row,
+    HEADS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """``target = factor * sum of the parts`` of ``source``, (B, h, parts, padded, d).
+
+    The numbers ``image`` to ``row`` are the strides of ``target``.
+    """
+    n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
+    d = tl.arange(0, COLUMNS)[None, :]
+    mask = (n < rows) & (d < DIM)
+    pair = tl.program_id(1).to(tl.int64)
+    source += (pair * parts * padded + n) * DIM + d
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for part in range(0, parts):
+        values = tl.load(source + part * padded * DIM, mask=mask, other=0.0)
+        total += values.to(tl.float32)
+    target += pair // HEADS * image + pair % HEADS * head + n * row + d
+    tl.store(target, (total * factor).to(target.dtype.element_ty), mask=mask)
+
+
+@_jit
+@no_type_check
+def out_kernel(
+    product, gain, out, num_queries, padded_queries, parts,
+    out_image, out_head, out_row,
+    HEADS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The output, from ``C v / sqrt(M)`` and ``r / sqrt(M)``."""
+    factor = tl.load(gain + tl.program_id(1))
+    _unpack(
+        product, out, factor, num_queries, padded_queries, parts,
+        out_image, out_head, out_row, HEADS, DIM, ROWS, COLUMNS,
+    )  # fmt: skip
+
+
+@_jit
+@no_type_check
+def unpack_kernel(
+    q_sums, k_sums, v_sums, gain, grad_q, grad_k, grad_v,
+    num_queries, num_keys, padded_queries, padded_keys, parts,
+    q_image, q_head, q_row, k_image, k_head, k_row,
+    HEADS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The gradients of q, k and v from what the products left."""
+    kind = tl.program_id(2)
+    if kind == 0:
+        _unpack(
+            q_sums, grad_q, 1.0, num_queries, padded_queries, 1,
+            q_image, q_head, q_row, HEADS, DIM, ROWS, COLUMNS,
+        )  # fmt: skip
+    if kind == 1:
+        _unpack(
+            k_sums, grad_k, 1.0, num_keys, padded_keys, parts,
+            k_image, k_head, k_row, HEADS, DIM, ROWS, COLUMNS,
+        )  # fmt: skip
+    if kind == 2:
+        factor = tl.load(gain + tl.program_id(1))
+        _unpack(
+            v_sums, grad_v, factor, num_keys, padded_keys, parts,
+            k_image, k_head, k_row, HEADS, DIM, ROWS, COLUMNS,
+        )  # fmt: skip
 
 
 def choose_lane(heads: int, itemsize: int) -> int:
@@ -457,22 +613,94 @@ def choose_lane(heads: int, itemsize: int) -> int:
 # ---------------------------------------------------------------------------------
 
 
-class _Work:
-    """Score tiles with aligned rows, taken once and used for every tile of a pass."""
+class _Part(NamedTuple):
+    """A tile: its images, its query rows with the padding, and rows without it."""
 
-    def __init__(self, q: Tensor, num_keys: int, tile: Tile, count: int) -> None:
-        self.num_keys = num_keys
-        self.row_stride = -(-num_keys // ROW_ALIGNMENT) * ROW_ALIGNMENT
-        length = min(tile.images, q.shape[0]) * q.shape[1]
-        length *= min(tile.rows, q.shape[2])
-        self.rows = q.new_empty(count, length, self.row_stride)
-        if self.row_stride > num_keys:
-            self.rows[..., num_keys:].zero_()
+    images: slice
+    rows: slice
+    length: int
+    valid: int
+    is_all: bool
 
-    def tile(self, number: int, maps: int, rows: int) -> Tensor:
-        """Buffer ``number`` as a tensor of shape (maps, rows, M)."""
-        tile = self.rows[number, : maps * rows].view(maps, rows, self.row_stride)
-        return tile[..., : self.num_keys]
+    def keys(self, x: Tensor) -> Tensor:
+        """What the tile takes of keys or values, (maps, M, d)."""
+        return (x if self.is_all else x[self.images]).flatten(0, 1)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """What the tile takes of queries, (maps, rows, d)."""
+        return (x if self.is_all else x[self.images, :, self.rows]).flatten(0, 1)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """What the tile takes of a tensor of shape (B, N, ...)."""
+        return x if self.is_all else x[self.images, self.rows]
+
+
+class _Operands:
+    """Queries, keys and values with padded rows, (B, h, rows, d), and the tiles."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, tile_rows: Optional[int]
+    ) -> None:
+        self.batch, self.heads, self.num_queries, self.dim = q.shape
+        self.num_keys = k.shape[2]
+        self.padded_queries = _round_up(self.num_queries, QUERY_ALIGNMENT)
+        self.padded_keys = _round_up(self.num_keys, KEY_ALIGNMENT)
+        columns = triton.next_power_of_2(self.dim)
+        # of the kernels that copy
+        self.options = dict(
+            HEADS=self.heads, DIM=self.dim,
+            ROWS=max(1, 4096 // columns), COLUMNS=columns,
+        )  # fmt: skip
+        self.query_blocks = triton.cdiv(self.padded_queries, self.options['ROWS'])
+        self.blocks = triton.cdiv(
+            max(self.padded_queries, self.padded_keys), self.options['ROWS']
+        )
+        # of the kernels of score rows
+        self.row_options = dict(
+            HEADS=self.heads, ROWS=ROWS, LANE=choose_lane(self.heads, q.element_size()),
+            num_warps=ROWS, ptx_options=PTX_OPTIONS,
+        )  # fmt: skip
+        pairs = self.batch, self.heads
+        self.q = q.new_empty(*pairs, self.padded_queries, self.dim)
+        self.k = q.new_empty(*pairs, self.padded_keys, self.dim)
+        self.v = q.new_empty(*pairs, self.padded_keys, self.dim)
+        self.mix = q.new_empty(self.heads, self.heads, dtype=torch.float32)
+        pack_kernel[(self.blocks, self.batch * self.heads, 3)](
+            q, k, v, weight.contiguous(), self.q, self.k, self.v, self.mix,
+            self.num_queries, self.num_keys, self.padded_queries, self.padded_keys,
+            *q.stride(), *k.stride(), *v.stride(), **self.options,
+        )  # fmt: skip
+        tile = choose_tile(q, self.num_keys, tile_rows, GPU_TILE_BYTES)
+        if tile_rows is None:
+            tile = Tile(tile.images, _round_up(tile.rows, QUERY_ALIGNMENT))
+        self.tile = Tile(
+            min(tile.images, self.batch), min(tile.rows, self.padded_queries)
+        )
+
+    def new_maps(self) -> Tensor:
+        """The buffer of a tile's scores, used for every tile of a pass."""
+        # the last tile takes the padding, too
+        rows = self.tile.rows + self.padded_queries - self.num_queries
+        rows = min(rows, self.padded_queries)
+        return self.q.new_empty(self.tile.images * self.heads * rows, self.padded_keys)
+
+    def maps_of(self, buffer: Tensor, part: _Part) -> Tensor:
+        """The tile's scores, (maps, rows, padded keys)."""
+        maps = (part.images.stop - part.images.start) * self.heads
+        return buffer[: maps * part.length].view(maps, part.length, self.padded_keys)
+
+    def parts(self) -> Iterator[_Part]:
+        for images, rows, _ in _spans(self.batch, self.num_queries, self.tile):
+            is_last = rows.stop == self.num_queries
+            padded = slice(rows.start, self.padded_queries if is_last else rows.stop)
+            length = padded.stop - padded.start
+            count = images.stop - images.start
+            is_all = count == self.batch and length == self.padded_queries
+            yield _Part(images, padded, length, rows.stop - rows.start, is_all)
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, factor: float = 1.0) -> Tensor:
@@ -491,31 +719,35 @@ def _attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, the statistics (B, N, 3, h), and r / sqrt(M) (B, h, 1, 1)."""
     batch, heads, num_queries, dim = q.shape
-    num_keys = k.shape[2]
     out = q.new_empty(batch, num_queries, heads, dim).transpose(1, 2)
     statistics = q.new_empty(batch, num_queries, 3, heads, dtype=torch.float32)
-    mix = weight.contiguous().float() * math.log2(math.e)
-    tile = choose_tile(q, num_keys, tile_rows)
-    work = _Work(q, num_keys, tile, count=1)
+    gain = q.new_empty(batch, heads, 1, 1, dtype=torch.float32)
+    if not q.numel():
+        return out, statistics, gain.zero_()
+    x = _Operands(q, k, v, weight, tile_rows)
+    buffer = x.new_maps()
+    product = torch.empty_like(x.q)
 
-    for images, rows, _ in _spans(batch, num_queries, tile):
-        q_tile = q[images, :, rows]
-        count, _, length, _ = q_tile.shape
-        k_tile, v_tile = k[images].flatten(0, 1), v[images].flatten(0, 1)
-        maps = work.tile(0, count * heads, length)
-        _multiply(q_tile.flatten(0, 1), k_tile.mT, out=maps, factor=scale)
-        forward_kernel[(triton.cdiv(length, ROWS), count)](
-            maps, mix, statistics[images, rows],
-            length, num_keys, work.row_stride, num_queries,
-            HEADS=heads, ROWS=ROWS, LANE=choose_lane(heads, q.element_size()),
-            num_warps=ROWS, ptx_options=PTX_OPTIONS,
+    for part in x.parts():
+        maps = x.maps_of(buffer, part)
+        _multiply(part.queries(x.q), part.keys(x.k).mT, out=maps, factor=scale)
+        forward_kernel[(triton.cdiv(part.valid, ROWS), len(maps) // heads)](
+            maps, x.mix, part.tokens(statistics),
+            part.valid, part.length, x.num_keys, x.padded_keys, num_queries,
+            **x.row_options,
         )  # fmt: skip
-        product = q.new_empty(count * heads, length, dim)
-        _multiply(maps, v_tile, out=product, factor=num_keys**-0.5)
-        out[images, :, rows] = product.unflatten(0, (count, heads))
+        # a tile of one image or of all rows: the result is a view of `product`
+        target, values = part.queries(product), part.keys(x.v)
+        _multiply(maps, values, out=target, factor=x.num_keys**-0.5)
 
-    gain = statistics[:, :, 2].sum(1).add_(eps * num_keys).rsqrt_()[..., None, None]
-    return out.mul_(gain), statistics, gain
+    gain_kernel[(batch * heads,)](
+        statistics, gain, num_queries, x.num_keys, eps, HEADS=heads, BLOCK=1024
+    )
+    out_kernel[(x.query_blocks, batch * heads)](
+        product, gain, out, num_queries, x.padded_queries, 1,
+        *out.stride()[:3], **x.options,
+    )  # fmt: skip
+    return out, statistics, gain
 
 
 def _differentiate(
@@ -532,49 +764,72 @@ def _differentiate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and weight, from tiles that are computed again."""
     batch, heads, num_queries, dim = q.shape
-    num_keys = k.shape[2]
-    mix = weight.contiguous().float() * math.log2(math.e)
-    grad_dot_out = _dot(grad, out)
-    tile = choose_tile(q, num_keys, tile_rows)
-    work = _Work(q, num_keys, tile, count=2)
     grad_q = q.new_empty(batch, num_queries, heads, dim).transpose(1, 2)
+    grad_k = k.new_empty(k.shape)
+    grad_v = v.new_empty(v.shape)
+    if not q.numel():
+        return grad_q, grad_k.zero_(), grad_v.zero_(), torch.zeros_like(weight)
+    x = _Operands(q, k, v, weight, tile_rows)
+    packed = torch.empty_like(x.q)
+    sums = q.new_empty(batch, heads, x.query_blocks, dtype=torch.float32)
+    grad_kernel[(x.query_blocks, batch * heads)](
+        grad, out, packed, sums, num_queries, x.padded_queries,
+        *grad.stride(), *out.stride()[:3], **x.options,
+    )  # fmt: skip
+    grad_dot_out = sums.sum(-1)
+    buffers = x.new_maps(), x.new_maps()
+    q_sums = torch.empty_like(x.q)
     # sums over several tiles are not rounded to half precision in between
-    dtype = q.dtype if tile.rows >= num_queries else torch.float32
-    grad_k = q.new_empty(batch, heads, num_keys, dim, dtype=dtype)
-    grad_v = torch.empty_like(grad_k)
-    shares = []
+    is_whole = x.tile.rows >= num_queries
+    dtype = q.dtype if is_whole else torch.float32
+    count = _count_parts(x, x.padded_queries if is_whole else x.tile.rows)
+    k_sums = q.new_empty(batch, heads, count, x.padded_keys, dim, dtype=dtype)
+    v_sums = torch.empty_like(k_sums)
+    shares = q.new_empty(batch, num_queries, heads, heads, dtype=torch.float32)
 
-    for images, rows, _ in _spans(batch, num_queries, tile):
-        q_tile = q[images, :, rows]
-        count, _, length, _ = q_tile.shape
-        k_tile, v_tile = k[images].flatten(0, 1), v[images].flatten(0, 1)
-        q_tile, grad_tile = q_tile.flatten(0, 1), grad[images, :, rows].flatten(0, 1)
-        maps, grad_maps = (work.tile(i, count * heads, length) for i in range(2))
-        _multiply(q_tile, k_tile.mT, out=maps, factor=scale)
-        _multiply(grad_tile, v_tile.mT, out=grad_maps)
-        grid = (triton.cdiv(length, ROWS), count)
-        share = q.new_empty(count * length, heads, heads, dtype=torch.float32)
-        backward_kernel[grid](
-            maps, grad_maps, mix, statistics[images, rows], gain[images],
-            grad_dot_out[images], share,
-            length, num_keys, work.row_stride, num_queries,
-            HEADS=heads, ROWS=ROWS, LANE=choose_lane(heads, q.element_size()),
-            num_warps=ROWS, ptx_options=PTX_OPTIONS,
+    for part in x.parts():
+        maps, grad_maps = (x.maps_of(buffer, part) for buffer in buffers)
+        q_part, k_part = part.queries(x.q), part.keys(x.k)
+        grad_part = part.queries(packed)
+        _multiply(q_part, k_part.mT, out=maps, factor=scale)
+        _multiply(grad_part, part.keys(x.v).mT, out=grad_maps)
+        images = part.images
+        backward_kernel[(triton.cdiv(part.valid, ROWS), len(maps) // heads)](
+            maps, grad_maps, x.mix, part.tokens(statistics),
+            gain if part.is_all else gain[images],
+            grad_dot_out if part.is_all else grad_dot_out[images],
+            part.tokens(shares),
+            part.valid, part.length, x.num_keys, x.padded_keys, num_queries,
+            **x.row_options,
         )  # fmt: skip
-        shares.append(share.sum(0))
-        product = q.new_empty(count * heads, length, dim)
-        _multiply(grad_maps, k_tile, out=product, factor=scale)
-        grad_q[images, :, rows] = product.unflatten(0, (count, heads))
-        first = rows.start == 0
-        _accumulate(grad_k[images], grad_maps, q_tile, scale, first)
-        _accumulate(grad_v[images], maps, grad_tile, num_keys**-0.5, first)
+        _multiply(grad_maps, k_part, out=part.queries(q_sums), factor=scale)
+        first = part.rows.start == 0
+        _accumulate(k_sums[images], grad_maps, q_part, scale, first)
+        _accumulate(v_sums[images], maps, grad_part, x.num_keys**-0.5, first)
 
-    grad_v.mul_(gain)
-    if len(shares) == 1:
-        grad_weight = shares[0]
-    else:
-        grad_weight = torch.stack([torch.zeros_like(mix), *shares]).sum(0)
-    return grad_q, grad_k.to(q.dtype), grad_v.to(q.dtype), grad_weight.to(weight.dtype)
+    unpack_kernel[(x.blocks, batch * heads, 3)](
+        q_sums, k_sums, v_sums, gain, grad_q, grad_k, grad_v,
+        num_queries, x.num_keys, x.padded_queries, x.padded_keys, count,
+        *grad_q.stride()[:3], *grad_k.stride()[:3], **x.options,
+    )  # fmt: skip
+    grad_weight = shares.sum((0, 1))
+    return grad_q, grad_k, grad_v, grad_weight.to(weight.dtype)
+
+
+def _count_parts(x: _Operands, length: int) -> int:
+    """Into how many products the sums over a tile's rows are cut.
+
+    Their results, (M, d), are small and the sums are long: all of a GPU should have
+    work. A part has at least 128 rows, and a multiple of 8.
+    """
+    maps = x.tile.images * x.heads
+    wanted = max(1, 256 // (maps * -(-x.padded_keys // 128)))
+    wanted = min(wanted, max(1, length // 128))
+    return math.gcd(max(1, length // 8 if length % 8 == 0 else 1), _power_of_2(wanted))
+
+
+def _power_of_2(limit: int) -> int:
+    return 1 << (limit.bit_length() - 1)
 
 
 def _accumulate(
@@ -582,43 +837,24 @@ def _accumulate(
 ) -> None:
     """``total += factor * maps^T @ tokens``, or ``=`` for the first tile.
 
-    ``total`` has shape (B, h, M, d). It is small and the sums are long: parts of the
-    rows are products of their own, so that all of a GPU has work.
+    ``total`` has shape (B, h, parts, M, d): the sums over parts of the rows. A tile
+    whose rows do not divide into as many goes to the first.
     """
-    count, length, num_keys = maps.shape
-    wanted = max(1, 256 // (count * -(-num_keys // 128)))
-    wanted = min(wanted, max(1, length // 128))
-    parts = math.gcd(length, 2 ** int(math.log2(wanted)))
-    maps = maps.unflatten(1, (parts, -1)).flatten(0, 1)
-    tokens = tokens.unflatten(1, (parts, -1)).flatten(0, 1)
-    if parts == 1 and total.dtype == tokens.dtype:
-        beta = 0.0 if first else 1.0
-        total.flatten(0, 1).baddbmm_(maps.mT, tokens, beta=beta, alpha=factor)
+    parts = total.shape[2]
+    if maps.shape[1] % parts:
+        parts, total = 1, total[:, :, :1]
+    if parts > 1:
+        maps = maps.unflatten(1, (parts, -1)).flatten(0, 1)
+        tokens = tokens.unflatten(1, (parts, -1)).flatten(0, 1)
+    if first and total.dtype == tokens.dtype:
+        _multiply(maps.mT, tokens, out=total.view(-1, *total.shape[3:]), factor=factor)
         return
-    product = tokens.new_empty(count * parts, num_keys, tokens.shape[-1])
+    product = tokens.new_empty(len(maps), *total.shape[3:])
     _multiply(maps.mT, tokens, out=product, factor=factor)
-    product = product.unflatten(0, (*total.shape[:2], parts))
-    product = product.sum(2, dtype=torch.float32)
     if first:
-        total.copy_(product)
+        total.copy_(product.view(total.shape))
     else:
-        total.add_(product)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """``sum(a * b)`` of each head, of shape (B, h), in float32."""
-    batch, heads, num_queries, dim = a.shape
-    a, b = (x if x.stride(-1) == 1 else x.contiguous() for x in (a, b))
-    columns = triton.next_power_of_2(dim)
-    rows = max(1, 4096 // columns)
-    blocks = triton.cdiv(num_queries, rows)
-    sums = a.new_empty(batch, heads, blocks, dtype=torch.float32)
-    if sums.numel():
-        dot_kernel[(blocks, batch * heads)](
-            a, b, sums, num_queries, *a.stride()[:3], *b.stride()[:3],
-            HEADS=heads, DIM=dim, ROWS=rows, COLUMNS=columns,
-        )  # fmt: skip
-    return sums.sum(-1)
+        total.add_(product.view(total.shape))
 
 
 # ---------------------------------------------------------------------------------
@@ -726,3 +962,37 @@ def _refuse_second_order(ctx: Any, *grads: Tensor) -> None:
 
 _attention_op.register_autograd(_backward, setup_context=_setup_context)
 _backward_op.register_autograd(_refuse_second_order)
+
+
+class _Attention(torch.autograd.Function):
+    """The operator without its registration's costs, for eager mode."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        weight: Tensor,
+        bias: Optional[Tensor],
+        scale: float,
+        eps: float,
+        tile_rows: Optional[int],
+    ) -> Tensor:
+        with _On(q):
+            out, statistics, gain = _attend(q, k, v, weight, scale, eps, tile_rows)
+        ctx.save_for_backward(q, k, v, weight, bias, out, statistics, gain)
+        ctx.scale, ctx.tile_rows = scale, tile_rows
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], ...]:
+        if torch.is_grad_enabled():  # create_graph=True: the operator refuses later
+            return _backward(ctx, grad)
+        q, k, v, weight, bias, out, statistics, gain = ctx.saved_tensors
+        with _On(q):
+            grads = _differentiate(
+                grad, q, k, v, weight, out, statistics, gain, ctx.scale, ctx.tile_rows
+            )
+        grad_bias = None if bias is None else torch.zeros_like(bias)
+        return (*grads, grad_bias, None, None, None)
