@@ -373,8 +373,8 @@ def test_memory_does_not_grow_with_the_maps(dtype):
     before = torch.cuda.memory_allocated()
     case.triton()
     peak = torch.cuda.max_memory_allocated() - before
-    # two tiles; the rest is at most 16 MiB each in float32
-    assert peak < 2 * tile_bytes + 128 * 2**20, peak / 2**20
+    # of 2 GiB maps, two tiles in float32; tensors of all queries take 16 MiB
+    assert peak < 2 * tile_bytes + 256 * 2**20, peak / 2**20
 
 
 @needs_cuda
