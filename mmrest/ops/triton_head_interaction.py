@@ -657,14 +657,14 @@ class _Operands:
         self.num_keys = k.shape[2]
         self.padded_queries = _round_up(self.num_queries, QUERY_ALIGNMENT)
         self.padded_keys = _round_up(self.num_keys, KEY_ALIGNMENT)
-        columns = triton.next_power_of_2(self.dim)
+        columns = 1 << (self.dim - 1).bit_length()
         # of the kernels that copy
         self.options = dict(
             HEADS=self.heads, DIM=self.dim,
             ROWS=max(1, 4096 // columns), COLUMNS=columns,
         )  # fmt: skip
-        self.query_blocks = triton.cdiv(self.padded_queries, self.options['ROWS'])
-        self.blocks = triton.cdiv(
+        self.query_blocks = _divide_up(self.padded_queries, self.options['ROWS'])
+        self.blocks = _divide_up(
             max(self.padded_queries, self.padded_keys), self.options['ROWS']
         )
         # of the kernels of score rows
@@ -699,7 +699,9 @@ class _Operands:
     def maps_of(self, buffer: Tensor, part: _Part) -> Tensor:
         """The tile's scores, (maps, rows, padded keys)."""
         maps = (part.images.stop - part.images.start) * self.heads
-        return buffer[: maps * part.length].view(maps, part.length, self.padded_keys)
+        if not part.is_all:
+            buffer = buffer[: maps * part.length]
+        return buffer.view(maps, part.length, self.padded_keys)
 
     def parts(self) -> Iterator[_Part]:
         for images, rows, _ in _spans(self.batch, self.num_queries, self.tile):
@@ -711,8 +713,13 @@ class _Operands:
             yield _Part(images, padded, length, rows.stop - rows.start, is_all)
 
 
+# Triton's own cdiv and next_power_of_2 take microseconds
+def _divide_up(size: int, by: int) -> int:
+    return -(-size // by)
+
+
 def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
+    return _divide_up(size, multiple) * multiple
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, factor: float = 1.0) -> Tensor:
@@ -743,7 +750,7 @@ def _attend(
     for part in x.parts():
         maps = x.maps_of(buffer, part)
         _multiply(part.queries(x.q), part.keys(x.k).mT, out=maps, factor=scale)
-        forward_kernel[(triton.cdiv(part.valid, ROWS), len(maps) // heads)](
+        forward_kernel[(_divide_up(part.valid, ROWS), len(maps) // heads)](
             maps, x.mix, part.tokens(statistics),
             part.valid, part.length, x.num_keys, x.padded_keys, num_queries,
             **x.row_options,
@@ -806,7 +813,7 @@ def _differentiate(
         _multiply(q_part, k_part.mT, out=maps, factor=scale)
         _multiply(grad_part, part.keys(x.v).mT, out=grad_maps)
         images = part.images
-        backward_kernel[(triton.cdiv(part.valid, ROWS), len(maps) // heads)](
+        backward_kernel[(_divide_up(part.valid, ROWS), len(maps) // heads)](
             maps, grad_maps, x.mix, part.tokens(statistics),
             gain if part.is_all else gain[images],
             grad_dot_out if part.is_all else grad_dot_out[images],
@@ -816,8 +823,9 @@ def _differentiate(
         )  # fmt: skip
         _multiply(grad_maps, k_part, out=part.queries(q_sums), factor=scale)
         first = part.rows.start == 0
-        _accumulate(k_sums[images], grad_maps, q_part, scale, first)
-        _accumulate(v_sums[images], maps, grad_part, x.num_keys**-0.5, first)
+        k_total, v_total = (s if part.is_all else s[images] for s in (k_sums, v_sums))
+        _accumulate(k_total, grad_maps, q_part, scale, first)
+        _accumulate(v_total, maps, grad_part, x.num_keys**-0.5, first)
 
     unpack_kernel[(x.blocks, batch * heads, 3)](
         q_sums, k_sums, v_sums, gain, grad_q, grad_k, grad_v,
@@ -835,7 +843,7 @@ def _count_parts(x: _Operands, length: int) -> int:
     work. A part has at least 128 rows, and a multiple of 8.
     """
     maps = x.tile.images * x.heads
-    wanted = max(1, 256 // (maps * -(-x.padded_keys // 128)))
+    wanted = max(1, 256 // (maps * _divide_up(x.padded_keys, 128)))
     wanted = min(wanted, max(1, length // 128))
     return math.gcd(max(1, length // 8 if length % 8 == 0 else 1), _power_of_2(wanted))
 
