@@ -760,8 +760,9 @@ def _attend(
         _multiply(maps, values, out=target, factor=x.num_keys**-0.5)
 
     gain_kernel[(batch * heads,)](
-        statistics, gain, num_queries, x.num_keys, eps, HEADS=heads, BLOCK=1024
-    )
+        statistics, gain, num_queries, x.num_keys, eps,
+        HEADS=heads, BLOCK=4096, num_warps=16,
+    )  # fmt: skip
     out_kernel[(x.query_blocks, batch * heads)](
         product, gain, out, num_queries, x.padded_queries, 1,
         *out.stride()[:3], **x.options,

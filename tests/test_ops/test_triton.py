@@ -466,11 +466,13 @@ def compile_for(kernel, dtype, heads, capability):
     from triton.compiler import ASTSource
 
     size = getattr(torch, dtype).itemsize
-    constants = dict(HEADS=heads)
+    constants, warps = dict(HEADS=heads), 4
     if kernel in ROW_KERNELS:
+        warps = kernels.ROWS
         constants.update(ROWS=kernels.ROWS, LANE=kernels.choose_lane(heads, size))
     elif kernel is kernels.gain_kernel:
-        constants.update(BLOCK=1024)
+        warps = 16
+        constants.update(BLOCK=4096)
     else:
         constants.update(ROWS=32, COLUMNS=128, DIM=96)
     signature, attributes = {}, {}
@@ -492,7 +494,7 @@ def compile_for(kernel, dtype, heads, capability):
     return triton.compile(
         source,
         target=GPUTarget('cuda', capability, 32),
-        options=dict(num_warps=kernels.ROWS, ptx_options=kernels.PTX_OPTIONS),
+        options=dict(num_warps=warps, ptx_options=kernels.PTX_OPTIONS),
     )
 
 
