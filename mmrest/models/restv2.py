@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Optional, Union
 
 import torch
+import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from mmengine.registry import MODELS
 from torch import Tensor, nn
@@ -96,13 +97,25 @@ class PixelShuffle(nn.PixelShuffle):
     """PyTorch's, with a result in channels_last order on every device."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == 'cpu':
-            return super().forward(x)  # keeps the order of x
-        # elsewhere PyTorch's result is contiguous, and tokens would be another copy
+        # on a CPU it keeps the order of x
+        return super().forward(x) if x.device.type == 'cpu' else self.copy_once(x)
+
+    def copy_once(self, x: Tensor) -> Tensor:
+        """The same where PyTorch's result is contiguous, and tokens a second copy."""
         r, (b, c, h, w) = self.upscale_factor, x.shape
         # B, r * r * C, H, W -> B, H, r, W, r, C -> B, C, r * H, r * W
         x = x.reshape(b, c // r**2, r, r, h, w).permute(0, 4, 2, 5, 3, 1)
         return x.reshape(b, h * r, w * r, c // r**2).permute(0, 3, 1, 2)
+
+
+def crop(x: Tensor, size: Size) -> Tensor:
+    """Cut (B, H', W', C) down to (B, H, W, C)."""
+    if not torch.compiler.is_compiling():
+        return x[:, : size[0], : size[1]]
+    # a slice has other strides where there is something to cut, and so a program for
+    # dynamic sizes would hold for half of them
+    below, right = size[0] - x.shape[1], size[1] - x.shape[2]
+    return F.pad(x, (0, 0, 0, right, 0, below))
 
 
 class EMSAv2(nn.Module):
@@ -176,7 +189,7 @@ class EMSAv2(nn.Module):
         # B, M, C -> B, C, H / sr, W / sr -> B, C, H, W -> B, H, W, C
         x = self.up(to_map(v, reduced)).permute(0, 2, 3, 1)
         # rows and columns beyond the map are there if the ratio does not divide it
-        return self.up_norm(x[:, : size[0], : size[1]].flatten(1, 2))
+        return self.up_norm(crop(x, size).flatten(1, 2))
 
     def split_heads(self, x: Tensor) -> Tensor:
         """B, N, C -> B, h, N, d"""

@@ -12,6 +12,7 @@ from torch import nn
 from weights_rule import fill, image
 
 from mmrest import ResTV2
+from mmrest.models.restv2 import PixelShuffle
 from mmrest.optim.layer_decay import LayerDecayOptimWrapperConstructor
 from mmrest.strategies.fsdp import rest_block_wrap_policy
 
@@ -22,6 +23,7 @@ TINY = dict(
     sr_ratios=[8, 4, 2, 1],
     mlp_ratios=2,
 )
+SIZES = [(2, 3, 40, 64), (2, 3, 64, 40), (3, 3, 45, 83)]
 PARAMETERS = dict(tiny=29667120, small=40438320, base=55197552, large=85509312)
 OUT_NORMS = ('norm_1.', 'norm_2.', 'norm_3.', 'norm_4.')
 
@@ -113,6 +115,18 @@ def test_values_are_upsampled_by_pixel_shuffle_and_cropped(ratio):
     size = (rows * ratio - 1, columns * ratio - (ratio - 1))
     expected = whole[..., : size[0], : size[1]].flatten(2).transpose(1, 2)
     torch.testing.assert_close(attn.upsample(v, (rows, columns), size), expected)
+
+
+@pytest.mark.parametrize('ratio', [1, 2, 4])
+@pytest.mark.parametrize(
+    'memory_format', [torch.contiguous_format, torch.channels_last]
+)
+def test_pixel_shuffle_of_other_devices(ratio, memory_format):
+    x = image((2, 3 * ratio**2, 4, 5)).to(memory_format=memory_format)
+    found = PixelShuffle(ratio).copy_once(x)
+    assert torch.equal(found, nn.functional.pixel_shuffle(x, ratio))
+    if ratio > 1:  # else it is x itself
+        assert found.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize('mode', [dict(), dict(norm_eval=True), dict(with_cp=True)])
@@ -260,16 +274,65 @@ def test_compiles_without_a_break(training):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_exports():
-    model, x = tiny().eval(), image((1, 3, 64, 80))
-    program = torch.export.export(model, (x,))
-    traced = torch.jit.trace(model, x)
-    for found, again, expected in zip(program.module()(x), traced(x), model(x)):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-4)
-    other = image((1, 3, 51, 77))
-    for found, expected in zip(traced(other), model(other)):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+@pytest.mark.skipif(not hasattr(torch.export.Dim, 'AUTO'), reason='torch before 2.6')
+def test_torch_export_with_dynamic_sizes():
+    """Of maps that the reductions divide, and of others."""
+    dynamic = torch.export.Dim.AUTO
+    model = tiny().eval()
+    program = torch.export.export(
+        model,
+        (image(SIZES[0]),),
+        dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},),
+    )
+    for size in SIZES:
+        for found, expected in zip(program.module()(image(size)), model(image(size))):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_torchscript_at_several_sizes():
+    model = tiny().eval()
+    traced = torch.jit.trace(model, image(SIZES[0]))
+    for size in SIZES:
+        for found, expected in zip(traced(image(size)), model(image(size))):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings('ignore')
+def test_legacy_onnx_keeps_sizes_dynamic(tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime', reason='needs onnxruntime')
+    model, path = tiny().eval(), str(tmp_path / 'rest.onnx')
+    torch.onnx.export(
+        model,
+        (image(SIZES[0]),),
+        path,
+        dynamo=False,
+        opset_version=17,
+        input_names=['image'],
+        output_names=list('abcd'),
+        dynamic_axes={name: {0: 'n', 2: 'h', 3: 'w'} for name in ('image', *'abcd')},
+    )
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    for size in SIZES:
+        found = session.run(None, {'image': image(size).numpy()})
+        for out, expected in zip(found, model(image(size))):
+            assert out.shape == expected.shape
+            error = (torch.as_tensor(out) - expected).abs().max()
+            assert error < 1e-3 * expected.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('training', [False, True])
+def test_inductor_at_several_sizes(training):
+    torch._dynamo.reset()
+    model = tiny(out_indices=(0, 1)).train(training)
+    reference = copy.deepcopy(model)
+    model.compile()
+    with torch.set_grad_enabled(training):
+        for size in SIZES:
+            x = image(size)
+            for found, expected in zip(model(x), reference(x)):
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
