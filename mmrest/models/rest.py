@@ -42,6 +42,7 @@ from .utils import (
     checkpoint_module,
     depthwise_conv,
     freeze,
+    match_gradient_strides,
     merge_pretrained,
     resolve_arch,
     to_map,
@@ -660,6 +661,7 @@ class ResT(BaseResT):
             self.add_module(f'stage{i + 1}', stage)
         for i in self.out_indices:
             self.add_module(self.out_norm_names[i], nn.LayerNorm(dims[i]))
+        match_gradient_strides(self)
         self.freeze_stages()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

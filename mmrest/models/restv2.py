@@ -23,6 +23,7 @@ from .utils import (
     NUM_STAGES,
     check_norm_cfg,
     depthwise_conv,
+    match_gradient_strides,
     resolve_arch,
     to_map,
     to_tokens,
@@ -309,6 +310,7 @@ class ResTV2(BaseResT):
             self.add_module(f'stage{i + 1}', stage)
         for i in self.out_indices:
             self.add_module(self.out_norm_names[i], nn.LayerNorm(dims[i], EPS))
+        match_gradient_strides(self)
         self.freeze_stages()
 
     @property

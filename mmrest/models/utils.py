@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from numbers import Integral, Real
 from typing import Any, Optional, Union
+from weakref import ref
 
 import torch
 from mmengine.registry import MODELS
@@ -64,11 +65,26 @@ def depthwise_conv(
         out_dim (int, optional): Channels of the result, a multiple. Default: ``dim``.
         **options: Of ``nn.Conv2d``.
     """
-    conv = nn.Conv2d(dim, out_dim or dim, groups=dim, **options)
-    # The gradient has these strides too, so that DistributedDataParallel need not
-    # copy (and warn): a dimension of size 1 has no stride of its own otherwise.
-    conv.weight.data = conv.weight.data.to(memory_format=torch.channels_last)
-    return conv
+    return nn.Conv2d(dim, out_dim or dim, groups=dim, **options)
+
+
+def match_gradient_strides(module: nn.Module) -> None:
+    """Give the gradients of convolutions the strides of their weights.
+
+    A dimension of size 1 may have any stride, and those of the gradients of depthwise
+    and 1x1 convolutions depend on device and type. DistributedDataParallel copies a
+    gradient with other strides than its parameter's, and warns.
+    """
+    for parameter in module.parameters():
+        if parameter.dim() == 4 and 1 in parameter.shape:
+            parameter.register_hook(partial(_with_strides_of, ref(parameter)))
+
+
+def _with_strides_of(parameter: Any, grad: Tensor) -> Tensor:
+    strides = parameter().stride()
+    if grad.stride() == strides or not grad.is_contiguous():
+        return grad
+    return grad.as_strided(grad.size(), strides)
 
 
 # ---------------------------------------------------------------- arguments

@@ -352,11 +352,16 @@ def test_gradients_of_one_image(size, attn_impl, norm):
         assert abs(found - slope) <= 1e-5 * max(abs(slope), 1.0)
 
 
-@pytest.mark.parametrize('with_cp', [False, True])
-def test_gradients_have_the_strides_of_their_parameters(with_cp):
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize('attn_impl', ['auto', 'dense'])
+@pytest.mark.parametrize('memory_format', ['contiguous_format', 'channels_last'])
+def test_gradients_have_the_strides_of_their_parameters(
+    attn_impl, dtype, memory_format
+):
     """DistributedDataParallel copies others, and warns of it."""
-    model = tiny(with_cp=with_cp)
-    sum(out.sum() for out in model(image((2, 3, 64, 64)))).backward()
+    model = tiny(attn_impl=attn_impl).to(dtype)
+    model.to(memory_format=getattr(torch, memory_format))
+    sum(out.sum() for out in model(image((2, 3, 64, 64)).to(dtype))).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.stride() == parameter.stride(), name
 
