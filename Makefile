@@ -1,12 +1,13 @@
 # Each target makes the environment first, if it is missing or out of date.
 #
-#   make demo            make demo DATA=/path/to/coco-format-folder
+#   make demo            make demo DATA=/path/to/coco-format-folder ARCH=restv2
 #   make test-fast       make test ARGS='-k checkpoint' WORKERS=4
 #   make env STACK=onedl make env ENV=/big/disk/env PYTHON=python3.11
 
 STACK ?= openmmlab
 PYTHON ?=
 DATA ?=
+ARCH ?=
 WORK_DIR ?= work_dirs/demo
 ARGS ?=
 HOURS ?= 0.1
@@ -26,7 +27,7 @@ PYTEST = OMP_NUM_THREADS=1 '$(BIN)/python' -m pytest -n $(WORKERS) --dist loadfi
 help:
 	@echo 'make env          set up the environment   STACK=openmmlab|onedl ENV=folder PYTHON=python3.11'
 	@echo '                  (TORCH, TORCH_INDEX, MMCV_FIND_LINKS, ...: see tools/make_env.sh)'
-	@echo 'make demo         train, evaluate and draw a ResT detector   DATA=coco-folder WORK_DIR=folder'
+	@echo 'make demo         train, evaluate and draw a ResT detector   DATA=coco-folder WORK_DIR=folder ARCH=rest|restv2'
 	@echo 'make test         all tests                WORKERS=processes ARGS=options-of-pytest'
 	@echo 'make test-fast    the tests that are not marked slow'
 	@echo 'make test-oldest  the tests of the backbone with the oldest torch that is promised'
@@ -39,7 +40,7 @@ env:
 	@PYTHON='$(PYTHON)' bash tools/make_env.sh '$(STACK)' '$(ENV)'
 
 demo: env
-	'$(BIN)/python' projects/demo/run.py --work-dir '$(WORK_DIR)' $(if $(DATA),--data '$(DATA)')
+	'$(BIN)/python' projects/demo/run.py --work-dir '$(WORK_DIR)' $(if $(DATA),--data '$(DATA)') $(if $(ARCH),--arch '$(ARCH)')
 
 test: env
 	$(PYTEST) $(ARGS)

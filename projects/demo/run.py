@@ -42,6 +42,12 @@ def parse_args():
         help='results go into a new folder in it (default: %(default)s)',
     )
     parser.add_argument(
+        '--arch',
+        choices=('rest', 'restv2'),
+        default='rest',
+        help='generation of the backbone (default: %(default)s)',
+    )
+    parser.add_argument(
         '--cfg-options',
         nargs='+',
         action=DictAction,
@@ -134,6 +140,8 @@ def main():
     threads = limit_threads()
     name = 'mask_rcnn_rest_custom.py' if args.data else 'mask_rcnn_rest_fruit.py'
     cfg = Config.fromfile(CONFIGS / name)
+    if args.arch == 'restv2':
+        cfg.model.backbone.update(type='ResTV2', out_norm='branch')
     cfg.merge_from_dict(args.cfg_options or {})
     run_dir = new_run_folder(args.work_dir).resolve()
     try:

@@ -356,8 +356,9 @@ def test_make_hands_on_what_it_is_given(repo):
     test = make(repo, 'test', "ARGS=-k 'a b'", 'WORKERS=4')
     assert "-m pytest -n 4 --dist loadfile -k 'a b'" in test
     assert "-m 'not slow'" in make(repo, 'test-fast')
-    demo = make(repo, 'demo', 'DATA=/my data', 'WORK_DIR=/out')
-    assert "projects/demo/run.py --work-dir '/out' --data '/my data'" in demo
+    demo = make(repo, 'demo', 'DATA=/my data', 'WORK_DIR=/out', 'ARCH=restv2')
+    expected = "run.py --work-dir '/out' --data '/my data' --arch 'restv2'"
+    assert f'projects/demo/{expected}' in demo
     assert '--data' not in make(repo, 'demo')
 
 

@@ -66,7 +66,8 @@ def test_short_run_on_own_data(demo, tmp_path):
     data = generate(tmp_path / 'mine', 6, 3, 80, workers=1)
     (data / 'generated.json').unlink()
     before = sorted((p, p.stat().st_mtime_ns) for p in data.rglob('*'))
-    output = demo('--data', data, '--work-dir', 'out', '--cfg-options', *SHORT)
+    options = ['--arch', 'restv2', '--cfg-options', *SHORT]
+    output = demo('--data', data, '--work-dir', 'out', *options)
     results(tmp_path / 'out')
     assert 'train and val as found' in output
     assert before == sorted((p, p.stat().st_mtime_ns) for p in data.rglob('*'))
