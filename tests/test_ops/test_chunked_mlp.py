@@ -128,3 +128,24 @@ def test_hidden_layer_is_never_whole():
             highest = max(highest, now)
     # the output, its gradient (a broadcast 1) and the tokens' gradient: 1/4 each
     assert highest < 0.9 * hidden_bytes
+
+
+def test_chunks_stay_within_the_budget(monkeypatch):
+    mlp, x = make(2, 700)
+    gelu, hidden_bytes = nn.functional.gelu, []
+
+    def noted(hidden):
+        hidden_bytes.append(hidden.nbytes)
+        return gelu(hidden)
+
+    monkeypatch.setattr(nn.functional, 'gelu', noted)
+    with torch.no_grad():
+        mlp(x)
+    assert len(hidden_bytes) > 1 and max(hidden_bytes) <= 10_000
+
+
+def test_dropout_acts_in_training_only():
+    x = torch.randn(2, 700, 6)
+    mlp = Mlp(6, 24, drop=0.5)
+    assert not torch.equal(mlp(x), mlp(x))
+    torch.testing.assert_close(mlp.eval()(x), plain(mlp, x))
