@@ -96,6 +96,11 @@ def test_backbone_alone_or_of_something_else(save, published, way, wrapper):
             way(save({wrapper: state}))
 
 
+def test_without_the_final_norm_it_is_no_published_file(published):
+    without = {k: v for k, v in published.items() if not k.startswith('norm.')}
+    assert to_image_classifier(published) and not to_image_classifier(without)
+
+
 def test_own_file_of_another_width(save, published):
     """MMEngine would warn and leave random weights."""
     path = save(dict(state_dict=to_image_classifier(published)))

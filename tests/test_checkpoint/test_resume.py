@@ -68,7 +68,22 @@ def replace_by_weights(path):
     torch.save(dict(state_dict=dict(weight=torch.zeros(3))), path)
 
 
-DAMAGES = [truncate, empty, zero, zero_a_block, delete, replace_by_weights]
+def drop_message_hub(path):
+    """MMEngine would end with a KeyError."""
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint['message_hub']
+    torch.save(checkpoint, path)
+
+
+DAMAGES = [
+    truncate,
+    empty,
+    zero,
+    zero_a_block,
+    delete,
+    replace_by_weights,
+    drop_message_hub,
+]
 
 
 def test_named_one(run):
