@@ -3,7 +3,15 @@
 import pytest
 import torch
 from kill_checks import check_same_state, needs_past_data, same
-from toy_runs import Calls, QuietFlexibleRunner, build, in_process, kill_self, train
+from toy_runs import (
+    Calls,
+    QuietFlexibleRunner,
+    Validations,
+    build,
+    in_process,
+    kill_self,
+    train,
+)
 
 from mmrest.checkpoint import CheckpointError, read_checkpoint
 from mmrest.hooks import AtomicCheckpointHook, exact_resume
@@ -50,6 +58,15 @@ def test_validation_changes_nothing(tmp_path):
         read_checkpoint(tmp_path / str(flag) / 'iter_6.pth') for flag in (True, False)
     )
     assert same(one['state_dict'], other['state_dict'])
+
+
+def test_validation_is_not_made_twice(tmp_path):
+    """A new best one makes the checkpoint be saved again after the validation."""
+    best = dict(save_best='val/loss', rule='less')
+    options = dict(validate=True, checkpoint=best, hooks=[Validations()])
+    train(tmp_path, iters=2, **options)
+    train(tmp_path, iters=4, resume=True, **options)
+    assert (tmp_path / 'validations').read_text() == '2\n4\n'
 
 
 def test_flexible_runner(tmp_path):

@@ -143,13 +143,17 @@ def test_second_signal_ends_at_once(tmp_path):
     assert (tmp_path / 'last_checkpoint').read_text().endswith('iter_2.pth')
 
 
-def test_signal_that_is_handed_on_twice_is_one(tmp_path):
+def test_signal_that_is_handed_on_twice_is_one(tmp_path, monkeypatch):
+    marker = tmp_path / 'marker'
+    monkeypatch.setenv(REQUEUE_FILE, str(marker))
+
     def twice():
         kill_self('SIGUSR1')
         kill_self('SIGTERM')
 
     assert stopped(tmp_path, Calls(twice, train=3)) == 75
     assert (tmp_path / 'iter_3.pth').is_file()
+    assert marker.read_text() == 'saved\n'  # which the launcher's script reads
 
 
 def test_signals_and_status_can_be_chosen(tmp_path):
