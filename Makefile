@@ -18,8 +18,10 @@ ifneq ($(origin ENV),command line)
 ENV := .venv-$(STACK)
 endif
 BIN = $(ENV)/bin
-# One thread a worker; all tests of a file share its fixtures.
-PYTEST = OMP_NUM_THREADS=1 '$(BIN)/python' -m pytest -n $(WORKERS) --dist loadfile
+# One thread a worker; all tests of a file share its fixtures. Files in their order: those
+# of the hooks fork, which they cannot after torch.compile ran in the same process.
+PYTEST = OMP_NUM_THREADS=1 '$(BIN)/python' -m pytest -n $(WORKERS) --dist loadfile \
+	--no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test test-fast test-oldest lint docs bench soak
