@@ -180,7 +180,13 @@ def test_before_the_training_it_ends_at_once(tmp_path, monkeypatch):
 def process_state():
     """What a hook might change in a process: its handlers, and what a child does."""
     started = FORK.Event()
-    child = FORK.Process(target=lambda: started.set() or time.sleep(60))
+
+    def wait():
+        started.set()
+        for _ in range(600):  # a signal just before a long sleep would wait for its end
+            time.sleep(0.1)
+
+    child = FORK.Process(target=wait)
     child.start()
     assert started.wait(30)
     child.terminate()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import DefaultScope
 
 pytest.importorskip('mmdet')
 from mmdet.models.dense_heads import RetinaHead  # noqa: E402
@@ -36,8 +37,9 @@ def test_boxes_are_clipped_to_the_image_after_the_nms(rescale):
     meta = dict(img_shape=(40, 72), ori_shape=(20, 36), scale_factor=(2.0, 2.0))
     height, width = meta['ori_shape' if rescale else 'img_shape']
     options = dict(batch_img_metas=[meta], rescale=rescale)
-    (found,) = ClipLastRetinaHead(**HEAD).predict_by_feat(*maps, **options)
-    (unclipped,) = RetinaHead(**HEAD).predict_by_feat(*maps, **options)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        heads = ClipLastRetinaHead(**HEAD), RetinaHead(**HEAD)
+    found, unclipped = (head.predict_by_feat(*maps, **options)[0] for head in heads)
     limits = torch.tensor([width, height, width, height])
     expected = unclipped.bboxes.clamp(min=0).minimum(limits)
     keep = (expected[:, 2:] > expected[:, :2]).all(dim=1)

@@ -354,7 +354,7 @@ def test_make_hands_on_what_it_is_given(repo):
         "PYTHON='python3.10' bash tools/make_env.sh 'onedl' '/some where/else'" in out
     )
     test = make(repo, 'test', "ARGS=-k 'a b'", 'WORKERS=4')
-    assert "-m pytest -n 4 --dist loadfile -k 'a b'" in test
+    assert "-m pytest -n 4 --dist loadfile --no-loadscope-reorder -k 'a b'" in test
     assert "-m 'not slow'" in make(repo, 'test-fast')
     demo = make(repo, 'demo', 'DATA=/my data', 'WORK_DIR=/out', 'ARCH=restv2')
     expected = "run.py --work-dir '/out' --data '/my data' --arch 'restv2'"
