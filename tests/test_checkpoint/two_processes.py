@@ -12,6 +12,7 @@ from mmrest.checkpoint import (
     choose_checkpoint,
     read_state_dict,
 )
+from mmrest.launch import end_process_group
 
 
 def main():
@@ -54,3 +55,4 @@ def main():
 
 if __name__ == '__main__':
     main()
+    end_process_group()  # gloo's threads at times abort a process that ends itself

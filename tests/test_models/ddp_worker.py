@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from mmrest import ResT, ResTV2
+from mmrest.launch import end_process_group
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # rest_variants
 from rest_variants import OTHERS, VARIANTS  # noqa: E402
@@ -107,4 +108,4 @@ if __name__ == '__main__':
         check(*case)
     if dist.get_rank() == 0:
         print(f'{len(cases)} cases passed')
-    dist.destroy_process_group()
+    end_process_group()  # gloo's threads at times abort a process that ends itself
