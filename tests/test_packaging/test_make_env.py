@@ -338,10 +338,13 @@ def test_unfit_environment_is_not_finished(machine):
 
 
 def make(repo, *args, **variables):
+    # These tests may run under a make with a STACK of its own, which it hands down.
+    ours = ('MAKEFLAGS', 'MAKEOVERRIDES', 'MFLAGS', 'STACK', 'ARGS', 'WORKERS')
+    env = {name: value for name, value in os.environ.items() if name not in ours}
     return subprocess.run(
         ['make', '-n', *args],
         cwd=repo,
-        env={**os.environ, **variables},
+        env={**env, **variables},
         capture_output=True,
         text=True,
         check=True,
