@@ -3,6 +3,7 @@
 =======================  ====================================================
 ``reading.py``           a file or URL becomes the object that it holds
 ``safetensors_files.py`` the format of safetensors
+``paddle_files.py``      the format of PaddlePaddle
 ``safe_globals.py``      what safe loading needs for MMEngine's checkpoints
 ``url_loaders.py``       safe loading of whatever a process reads
 ``state_dict.py``        the tensors in a file, whatever they are wrapped in

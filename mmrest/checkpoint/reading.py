@@ -16,6 +16,7 @@ from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 
 from ..utils.text import shorten
+from .paddle_files import is_paddle, read_paddle
 from .safe_globals import mmengine_globals_allowed, stand_ins_only, weights_only_forced
 from .safetensors_files import is_safetensors, read_safetensors
 
@@ -64,9 +65,10 @@ def read_checkpoint(source: Source, map_location: Any = 'cpu') -> Any:
     """Read a checkpoint, with safe loading always on.
 
     Args:
-        source (str | Path): A file (of ``torch.save`` or safetensors), an
-            ``http(s)://`` address (kept in the cache of ``torch.hub``), or a name
-            that MMEngine knows, as ``torchvision://resnet50``.
+        source (str | Path): A file (of ``torch.save``, of safetensors, or of
+            PaddlePaddle with a name that ends in ``.pdparams``), an ``http(s)://``
+            address (kept in the cache of ``torch.hub``), or a name that MMEngine
+            knows, as ``torchvision://resnet50``.
         map_location (str | torch.device | dict | callable): As in
             ``torch.load``. Default: ``'cpu'``.
 
@@ -154,6 +156,8 @@ def read_file(path: str, where: str, map_location: Any = 'cpu') -> Any:
     try:
         if safetensors:
             return read_safetensors(path, map_location)
+        if is_paddle(path):
+            return read_paddle(path, map_location)
         with stand_ins_only():
             return torch.load(path, map_location=map_location, weights_only=True)
     except ImportError as error:
@@ -167,7 +171,9 @@ def read_file(path: str, where: str, map_location: Any = 'cpu') -> Any:
 
 def _list_checkpoints(folder: str) -> str:
     names = sorted(
-        n for n in os.listdir(folder) if n.endswith(('.pth', '.safetensors'))
+        n
+        for n in os.listdir(folder)
+        if n.endswith(('.pth', '.safetensors', '.pdparams'))
     )
     return f', with {shorten(names)}' if names else ', without a .pth file'
 
@@ -230,7 +236,8 @@ def _raise_if_refused(error: Exception, where: str) -> None:
         return
     advice = (
         'If you trust where the file comes from, save its weights alone with the '
-        "program that wrote it: torch.save({'state_dict': model.state_dict()}, path)."
+        "program that wrote it, as torch.save({'state_dict': model.state_dict()}, "
+        'path) does.'
     )
     if name.startswith(('mmengine.', 'numpy.')) and not mmengine_globals_allowed():
         advice = (
@@ -315,6 +322,8 @@ def _why_damaged(path: str, reason: str) -> str:
     is_zip, is_pickle = head.startswith(b'PK\x03\x04'), head.startswith(b'\x80')
     if is_safetensors(path):
         kind = f'It is a safetensors file of which a part is damaged ({reason})'
+    elif is_paddle(path):
+        kind = f'It is not what paddle.save writes, or a part is damaged ({reason})'
     elif not (is_zip or is_pickle):
         return _found(path, 'It is not a checkpoint', _NAME_ADVICE)
     elif 'Unsupported operand' in reason:
@@ -322,7 +331,8 @@ def _why_damaged(path: str, reason: str) -> str:
             path,
             'It is a pickle of another kind than torch.save writes by default, '
             'which safe loading cannot read',
-            'Save it again with torch.save and its default pickle_protocol.',
+            'Save it again with torch.save and its default pickle_protocol. A file of '
+            'PaddlePaddle is read if its name ends in .pdparams.',
         )
     elif is_zip and not zipfile.is_zipfile(path):
         kind = (

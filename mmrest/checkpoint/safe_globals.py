@@ -42,14 +42,14 @@ class _Dtype:
 
     def __init__(self, code: Any = None, align: Any = False, copy: Any = True):
         if not isinstance(code, str):
-            raise _refusal(f'the numpy dtype {code!r}')
+            raise refusal(f'the numpy dtype {code!r}')
         self.dtype = _plain(np.dtype(code))
 
     def __setstate__(self, state: Any) -> None:
         # (version, byte order, subarray, names, fields, ...): of a plain type
         # only the byte order means anything
         if not (isinstance(state, tuple) and state[1:2] in BYTE_ORDERS):
-            raise _refusal('the state of a numpy dtype')
+            raise refusal('the state of a numpy dtype')
         self.dtype = self.dtype.newbyteorder(state[1])
 
 
@@ -61,7 +61,7 @@ class _Array(np.ndarray):
 
     def __setstate__(self, state: Any) -> None:
         if not (isinstance(state, tuple) and len(state) == 5):
-            raise _refusal('the state of a numpy array')
+            raise refusal('the state of a numpy array')
         version, shape, dtype, fortran, raw = state
         plain = (
             version == 1
@@ -71,8 +71,8 @@ class _Array(np.ndarray):
             and isinstance(raw, bytes)
         )
         if not plain:
-            raise _refusal('a numpy array of other things than numbers and text')
-        super().__setstate__((1, shape, _real_dtype(dtype), bool(fortran), raw))
+            raise refusal('a numpy array of other things than numbers and text')
+        super().__setstate__((1, shape, real_dtype(dtype), bool(fortran), raw))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # saved again, it is a plain array
@@ -99,7 +99,7 @@ class _HistoryBuffer(HistoryBuffer):
             isinstance(x, np.ndarray) and x.ndim == 1 and x.dtype.kind in 'biuf'
             for x in arrays
         ):
-            raise _refusal('the state of a HistoryBuffer')
+            raise refusal('the state of a HistoryBuffer')
         self.max_length = max_length
         self._log_history, self._count_history = (np.array(x) for x in arrays)
         self.__class__ = HistoryBuffer
@@ -110,9 +110,9 @@ def _reconstruct(*args: Any) -> _Array:
 
 
 def _scalar(dtype: Any, raw: Any = None) -> Any:
-    dtype = _real_dtype(dtype)
+    dtype = real_dtype(dtype)
     if not isinstance(raw, bytes) or len(raw) != dtype.itemsize:
-        raise _refusal('the value of a numpy scalar')
+        raise refusal('the value of a numpy scalar')
     # a text of no letters has no bytes to read
     return np.frombuffer(raw, dtype)[0] if raw else dtype.type()
 
@@ -124,11 +124,12 @@ def _no_bytes() -> bytes:
 def _statistics_method(owner: Any, name: Any) -> Any:
     known = owner is HistoryBuffer or owner is _HistoryBuffer
     if not known or name not in STATISTICS:
-        raise _refusal(f'builtins.getattr({owner!r}, {name!r})')
+        raise refusal(f'builtins.getattr({owner!r}, {name!r})')
     return getattr(HistoryBuffer, name)
 
 
-def _real_dtype(dtype: Any) -> np.dtype:
+def real_dtype(dtype: Any) -> np.dtype:
+    """Return the numpy dtype that a stand-in holds, if it is of plain data."""
     return _plain(dtype.dtype if isinstance(dtype, _Dtype) else dtype)
 
 
@@ -140,11 +141,12 @@ def _plain(dtype: Any) -> np.dtype:
         and dtype.fields is None
         and dtype.subdtype is None
     ):
-        raise _refusal(f'the numpy dtype {dtype!r}')
+        raise refusal(f'the numpy dtype {dtype!r}')
     return dtype
 
 
-def _refusal(what: str) -> pickle.UnpicklingError:
+def refusal(what: str) -> pickle.UnpicklingError:
+    """The error that :mod:`.reading` turns into a ``RefusedError``."""
     return pickle.UnpicklingError(f'mmrest refuses {what}')
 
 

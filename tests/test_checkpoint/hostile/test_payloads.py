@@ -68,6 +68,13 @@ def test_files_after_the_import_alone(form, tmp_path, content, trace):
             FUNNELS['mmengine'](tmp_path / 'evil.pth', tmp_path)
 
 
+@pytest.mark.parametrize('form', FORMS)
+def test_files_named_as_those_of_paddle(form, tmp_path, content, trace):
+    FORMS[form](tmp_path / 'evil.pdparams', content, trace.command)
+    with pytest.raises(CheckpointError):
+        FUNNELS['ours'](tmp_path / 'evil.pdparams', tmp_path)
+
+
 @pytest.mark.parametrize('form', MAIN)
 @pytest.mark.parametrize('funnel', FUNNELS)
 @pytest.mark.usefixtures('safe_loading')
