@@ -33,15 +33,17 @@ def test_it_builds_and_fits_the_photographs(repo, shared):
 
 
 @pytest.mark.slow
-def test_a_sixth_of_the_trial_learns_the_scenes(run, repo, data_options, tmp_path):
-    """All of one class gives an mIoU of 2.7, an untrained model less than 5."""
+def test_the_first_steps_of_the_trial_learn_the_scenes(
+    run, repo, data_options, tmp_path
+):
+    """All of one class gives an mIoU of 2.7, 20 iterations 5, and 80 of them 16."""
     options = ['--work-dir', tmp_path / 'run', '--cfg-options', *data_options]
-    schedule = ['train_cfg.max_iters=250', 'train_cfg.val_interval=250']
+    schedule = ['train_cfg.max_iters=80', 'train_cfg.val_interval=80']
     trained = run('train.py', repo / CONFIG, *options, *schedule, cwd=tmp_path)
     miou = float(re.findall(r'mIoU: ([\d.]+)', trained)[-1])
-    assert miou > 17
+    assert miou > 12
 
-    checkpoint = tmp_path / 'run' / 'iter_250.pth'
+    checkpoint = tmp_path / 'run' / 'iter_80.pth'
     tested = run(
         'test.py',
         repo / CONFIG,

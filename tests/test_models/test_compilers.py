@@ -1,4 +1,4 @@
-"""ResT under PyTorch's compilers and exporters, at more than one size."""
+"""Both generations under PyTorch's compilers and exporters, at more than one size."""
 
 import copy
 
@@ -7,9 +7,16 @@ import torch
 from rest_variants import TINY, VARIANTS, tiny
 from weights_rule import fill, image
 
-from mmrest import ResT
+from mmrest import ResT, ResTV2
 
 SIZES = [(2, 3, 40, 64), (2, 3, 64, 40), (1, 3, 45, 83)]
+BOTH = pytest.mark.parametrize('kind', [ResT, ResTV2])
+
+
+def build(kind, **options):
+    model = kind(TINY, **options)
+    fill(model.state_dict())
+    return model
 
 
 def step(model, x):
@@ -33,22 +40,32 @@ def compare(compiled, reference, x):
         assert float((found_grads[name] - grad).abs().max()) < 2e-4 * largest, name
 
 
+def check_sizes(function, model):
+    for size in SIZES:
+        x = image(size)
+        for found, expected in zip(function(x), model(x)):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+FAST = [('published', True), ('pos_le', False)]
+SLOW = [(variant, training) for variant in VARIANTS for training in (False, True)]
+
+
 @pytest.mark.parametrize(
     'variant, training',
     [
-        ('published', True),
-        ('pos_le', False),
+        *FAST,
         *(
-            pytest.param(variant, training, marks=pytest.mark.slow)
-            for variant in VARIANTS
-            for training in (False, True)
-            if (variant, training) not in (('published', True), ('pos_le', False))
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [*SLOW, ('v2', False), ('v2', True)]
+            if case not in FAST
         ),
     ],
 )
 def test_compiles_without_a_break(variant, training):
     torch._dynamo.reset()
-    model = tiny(variant).train(training)
+    model = build(ResTV2) if variant == 'v2' else tiny(variant)
+    model.train(training)
     reference = copy.deepcopy(model)
     model.compile(fullgraph=True, backend='aot_eager')
     compare(model, reference, image(SIZES[0]))
@@ -63,19 +80,20 @@ def test_compilers_keep_the_operator():
         targets.extend(str(n.target) for n in graph.graph.nodes)
         return graph.forward
 
-    model = tiny('published')
+    model = build(ResT)
     model.compile(fullgraph=True, backend=backend)
     model(image(SIZES[0]))
     assert sum('mmrest.head_interaction_attention' in t for t in targets) == 3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('training', [False, True])
-def test_inductor_at_several_sizes(training):
+@pytest.mark.parametrize(
+    'kind, training', [(ResT, False), (ResT, True), (ResTV2, False)]
+)
+def test_inductor_at_several_sizes(kind, training):
     """The default backend compiles the second size for all others."""
     torch._dynamo.reset()
-    model = ResT(TINY, out_indices=(0, 1)).train(training)
-    fill(model.state_dict())
+    model = build(kind, out_indices=(0, 1)).train(training)
     reference = copy.deepcopy(model)
     model.compile()
     with torch.set_grad_enabled(training):
@@ -83,19 +101,15 @@ def test_inductor_at_several_sizes(training):
             compare(model, reference, image(size))
 
 
+@BOTH
 @pytest.mark.skipif(not hasattr(torch.export.Dim, 'AUTO'), reason='torch before 2.6')
-def test_torch_export_with_dynamic_sizes():
+def test_torch_export_with_dynamic_sizes(kind):
     dynamic = torch.export.Dim.AUTO
-    model = tiny('published').eval()
-    program = torch.export.export(
-        model,
-        (image(SIZES[0]),),
-        dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},),
-    )
-    for size in SIZES:
-        x = image(size)
-        for found, expected in zip(program.module()(x), model(x)):
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    shapes = ({0: dynamic, 2: dynamic, 3: dynamic},)
+    model = build(kind).eval()
+    args = (image(SIZES[0]),)
+    program = torch.export.export(model, args, dynamic_shapes=shapes)
+    check_sizes(program.module(), model)
 
 
 @pytest.mark.parametrize('variant', ['stem_resnet', 'attn_max'])
@@ -106,21 +120,20 @@ def test_torch_export_of_variants(variant):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_torchscript_at_several_sizes():
-    model = tiny('published').eval()
+@BOTH
+def test_torchscript_at_several_sizes(kind):
+    model = build(kind).eval()
     traced = torch.jit.trace(model, image(SIZES[0]))
     assert 'mmrest::' not in str(traced.inlined_graph)
-    for size in SIZES:
-        x = image(size)
-        for found, expected in zip(traced(x), model(x)):
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    check_sizes(traced, model)
 
 
+@BOTH
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')
-def test_legacy_onnx_keeps_sizes_dynamic(tmp_path):
+def test_legacy_onnx_keeps_sizes_dynamic(kind, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime', reason='needs onnxruntime')
-    model, path = tiny('published').eval(), str(tmp_path / 'rest.onnx')
+    model, path = build(kind).eval(), str(tmp_path / 'rest.onnx')
     torch.onnx.export(
         model,
         (image(SIZES[0]),),
