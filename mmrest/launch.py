@@ -100,15 +100,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--work-dir', help='folder for logs and checkpoints [work_dirs/CONFIG NAME]'
     )
-    parser.add_argument(
-        '--amp',
-        nargs='?',
-        choices=('auto', *DTYPES),
-        const='auto',
-        metavar='bfloat16|float16',
-        help='automatic mixed precision; alone: bfloat16 where the device has it, '
-        'else float16',
-    )
+    add_amp_argument(parser)
     parser.add_argument(
         '--no-preflight',
         action='store_true',
@@ -120,6 +112,19 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     # Set by torch.distributed.launch; torchrun sets the variable instead.
     parser.add_argument(
         '--local-rank', '--local_rank', type=int, default=0, help=argparse.SUPPRESS
+    )
+
+
+def add_amp_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--amp`` to an :class:`ArgumentParser`."""
+    parser.add_argument(
+        '--amp',
+        nargs='?',
+        choices=('auto', *DTYPES),
+        const='auto',
+        metavar='bfloat16|float16',
+        help='automatic mixed precision; alone: bfloat16 where the device has it, '
+        'else float16',
     )
 
 

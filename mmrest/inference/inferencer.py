@@ -1,0 +1,362 @@
+"""The inferencers of MMDetection, MMSegmentation and MMPretrain, used alike.
+
+Each toolbox has an inferencer of its own, with a way of its own to load, to name
+classes, to draw and to save. What is used of them is the model, the pipeline, the
+forward pass and the visualizer. The checkpoint is read safely, once, and must fit the
+model.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Optional, Union
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.registry import init_default_scope
+
+from ..checkpoint import CheckpointError, check_load_from, read_checkpoint
+from ..checkpoint.classifier import PublishedClassifierHook
+from ..checkpoint.reading import Source
+from ..checkpoint.resume import Latest
+from ..checkpoint.state_dict import as_mmengine_reads
+from ..launch import LaunchError, load_config
+from ..optim.amp import test_with_amp
+from ..utils.config_types import TOOLBOXES, find_toolbox, type_name
+
+
+class InferenceError(LaunchError):
+    """An input, output or device with which inference cannot start."""
+
+
+class Inferencer(ABC):
+    """Predictions of one model.
+
+    Made by :func:`init_inferencer`.
+
+    Args:
+        cfg (Config): A whole config, whose test pipeline is used.
+        checkpoint (dict): What the checkpoint holds, as MMEngine writes it.
+        source (str | Path): Where it came from, for messages.
+        device (str): Device of the model.
+
+    Attributes:
+        model (nn.Module): The model, in evaluation mode.
+        classes (Sequence[str]): Names of the classes, those of the checkpoint or else
+            those of the config.
+    """
+
+    def __init__(
+        self, cfg: Config, checkpoint: dict, source: Source, device: str
+    ) -> None:
+        self.base = self._build(cfg, checkpoint, source, device)
+        self.model: Any = self.base.model
+        self.classes: Sequence[str] = self._classes()
+
+    @abstractmethod
+    def _build(self, cfg: Config, checkpoint: dict, source: Source, device: str) -> Any:
+        """Make the toolbox's inferencer, with the checkpoint loaded."""
+
+    def _classes(self) -> Sequence[str]:
+        return self.model.dataset_meta['classes']
+
+    def preprocess(self, images: Sequence[np.ndarray]) -> dict:
+        """Put images through the test pipeline, as one batch for ``test_step``.
+
+        Args:
+            images (Sequence[ndarray]): Each of shape (H, W, 3), BGR, uint8.
+        """
+        (batch,) = self.base.preprocess(list(images), batch_size=len(images))
+        return batch
+
+    def predict(self, images: Sequence[np.ndarray]) -> list[Any]:
+        """Run the model on a batch.
+
+        Args:
+            images (Sequence[ndarray]): Each of shape (H, W, 3), BGR, uint8.
+
+        Returns:
+            list[BaseDataElement]: A data sample of the toolbox for each, on the CPU.
+        """
+        samples = self.base.forward(self.preprocess(images))
+        return [sample.cpu() for sample in samples]
+
+    @abstractmethod
+    def draw(
+        self, image: np.ndarray, sample: Any, score_thr: float = 0.3
+    ) -> np.ndarray:
+        """Draw a prediction.
+
+        Args:
+            image (ndarray): The image, of shape (H, W, 3), BGR, uint8.
+            sample (BaseDataElement): Its prediction.
+            score_thr (float): Lowest score of a box that is drawn. Default: 0.3.
+
+        Returns:
+            ndarray: BGR, uint8.
+        """
+
+    @abstractmethod
+    def to_dict(self, sample: Any, score_thr: float = 0.0) -> dict:
+        """Describe a prediction by what JSON knows.
+
+        Args:
+            sample (BaseDataElement): The prediction.
+            score_thr (float): Lowest score of a box that is listed. Default: 0.
+
+        Returns:
+            dict: Of a detector ``labels``, ``classes``, ``scores``, ``bboxes`` (x1,
+            y1, x2, y2 in pixels) and ``masks`` (COCO's RLE); of a segmentor
+            ``pixels`` by class; of a classifier ``pred_class``, ``pred_label``,
+            ``pred_score`` and ``pred_scores``.
+        """
+
+    def label_image(self, sample: Any) -> Optional[np.ndarray]:
+        """The label of each pixel, of shape (H, W); None unless it is a segmentor."""
+        return None
+
+
+class _Detection(Inferencer):
+    def _build(self, cfg: Config, checkpoint: dict, source: Source, device: str) -> Any:
+        from mmdet.apis import DetInferencer
+
+        kind = _checked(DetInferencer, checkpoint, source)
+        return kind(cfg, device=device, show_progress=False)
+
+    def preprocess(self, images: Sequence[np.ndarray]) -> dict:
+        # mmdet hands on the images beside the batch
+        ((_, batch),) = self.base.preprocess(list(images), batch_size=len(images))
+        return batch
+
+    def draw(
+        self, image: np.ndarray, sample: Any, score_thr: float = 0.3
+    ) -> np.ndarray:
+        self.base.visualizer.add_datasample(
+            'image',
+            image[..., ::-1],
+            sample,
+            draw_gt=False,
+            pred_score_thr=score_thr,
+        )
+        return self.base.visualizer.get_image()[..., ::-1]
+
+    def to_dict(self, sample: Any, score_thr: float = 0.0) -> dict:
+        kept = sample.clone()
+        kept.pred_instances = kept.pred_instances[
+            kept.pred_instances.scores >= score_thr
+        ]
+        result = self.base.pred2dict(kept)
+        result['classes'] = [self.classes[label] for label in result['labels']]
+        return result
+
+
+class _Segmentation(Inferencer):
+    def _build(self, cfg: Config, checkpoint: dict, source: Source, device: str) -> Any:
+        from mmseg.apis import MMSegInferencer
+
+        base = _checked(MMSegInferencer, checkpoint, source)(cfg, device=device)
+        base.visualizer.set_dataset_meta(
+            base.model.dataset_meta.get('classes'),
+            base.model.dataset_meta.get('palette'),
+        )
+        base.visualizer.alpha = 0.6
+        return base
+
+    def draw(
+        self, image: np.ndarray, sample: Any, score_thr: float = 0.3
+    ) -> np.ndarray:
+        self.base.visualizer.add_datasample(
+            'image', image[..., ::-1], sample, draw_gt=False
+        )
+        return self.base.visualizer.get_image()[..., ::-1]
+
+    def to_dict(self, sample: Any, score_thr: float = 0.0) -> dict:
+        labels, counts = np.unique(sample.pred_sem_seg.data, return_counts=True)
+        named = {
+            self.classes[label]: int(count)
+            for label, count in zip(labels.tolist(), counts)
+            if label < len(self.classes)
+        }
+        return dict(pixels=named)
+
+    def label_image(self, sample: Any) -> Optional[np.ndarray]:
+        return sample.pred_sem_seg.data[0].numpy().astype(np.uint8)
+
+
+class _Classification(Inferencer):
+    def _build(self, cfg: Config, checkpoint: dict, source: Source, device: str) -> Any:
+        from mmengine.runner.checkpoint import _load_checkpoint_to_model
+        from mmpretrain.apis import ImageClassificationInferencer, get_model
+        from mmpretrain.visualization import UniversalVisualizer
+
+        PublishedClassifierHook().after_load_checkpoint(None, checkpoint)
+        model = get_model(cfg, device=device)
+        _check(model, checkpoint, source)
+        _load_checkpoint_to_model(model, checkpoint)
+        meta = _dataset_meta(checkpoint, cfg)
+        base = ImageClassificationInferencer(
+            model, pretrained=False, classes=meta.get('classes')
+        )
+        base.visualizer = UniversalVisualizer()
+        return base
+
+    def _classes(self) -> Sequence[str]:
+        return self.base.classes or [str(n) for n in range(self._num_classes())]
+
+    def _num_classes(self) -> int:
+        return self.model.head.num_classes
+
+    def draw(
+        self, image: np.ndarray, sample: Any, score_thr: float = 0.3
+    ) -> np.ndarray:
+        self.base.visualizer.visualize_cls(
+            image[..., ::-1], sample, classes=self.classes, draw_gt=False
+        )
+        return self.base.visualizer.get_image()[..., ::-1]
+
+    def to_dict(self, sample: Any, score_thr: float = 0.0) -> dict:
+        scores = sample.pred_score
+        label = int(scores.argmax())
+        return dict(
+            pred_class=self.classes[label],
+            pred_label=label,
+            pred_score=float(scores[label]),
+            pred_scores=scores.tolist(),
+        )
+
+
+KINDS: dict[str, Any] = dict(
+    mmdet=_Detection, mmseg=_Segmentation, mmpretrain=_Classification
+)
+
+
+def init_inferencer(
+    config: Union[str, Config],
+    checkpoint: Source,
+    device: Optional[str] = None,
+    amp: Optional[str] = None,
+) -> Inferencer:
+    """Build a model, load a checkpoint, and make both ready for images.
+
+    Args:
+        config (str | Config): A config of mmdet, mmseg or mmpretrain: a path,
+            ``package::folder/name.py``, or what it holds.
+        checkpoint (str | Path): A path or URL of a checkpoint of the whole model.
+        device (str, optional): As ``'cpu'`` or ``'cuda:0'``. Default: a GPU if there
+            is one.
+        amp (str, optional): Mixed precision: ``'bfloat16'``, ``'float16'`` or
+            ``'auto'``. Default: None, which is float32.
+
+    Raises:
+        LaunchError: If config or device cannot be used.
+        AmpError: If the device does not compute in that precision.
+        CheckpointError: If the checkpoint cannot be read safely or does not fit.
+
+    Example:
+        >>> from mmrest.inference import infer, init_inferencer  # doctest: +SKIP
+        >>> inferencer = init_inferencer('my_config.py', 'epoch_12.pth')
+        >>> infer(inferencer, 'demo.jpg', 'outputs')
+    """
+    device = check_device(device or get_device(), amp)
+    cfg = load_config(config) if isinstance(config, str) else config
+    toolbox = find_toolbox(cfg)
+    if toolbox not in KINDS:
+        raise InferenceError(
+            f'the config belongs to {toolbox or "no toolbox"}; inference takes those '
+            f'of {", ".join(TOOLBOXES)}, named by default_scope.'
+        )
+    init_default_scope(toolbox)
+    cfg = _for_inference(cfg)
+    loaded = read_checkpoint(checkpoint)
+    if not isinstance(loaded, dict):
+        raise CheckpointError(
+            f'{checkpoint} is a {type(loaded).__name__}, not a dict of tensors'
+        )
+    inferencer = KINDS[toolbox](cfg, loaded, checkpoint, device)
+    if amp:
+        test_with_amp(inferencer.model, amp)
+    return inferencer
+
+
+def check_device(device: str, amp: Optional[str] = None) -> str:
+    """Return a device if there is one of this name.
+
+    Raises:
+        InferenceError: If not, or if mixed precision would be that of another one.
+    """
+    try:
+        kind = torch.device(device).type
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InferenceError(f'--device {device} cannot be used: {reason}') from error
+    if amp and kind != get_device():
+        raise InferenceError(
+            f'--amp computes on {get_device()}, the default device of this machine, '
+            f'and --device is {device}. Leave one of the two out.'
+        )
+    return device
+
+
+def _for_inference(cfg: Config) -> Config:
+    """A copy with a test pipeline that loads images, and nothing beside them."""
+    cfg = Config(cfg._cfg_dict.to_dict(), filename=cfg.filename)
+    loader = cfg.get('test_dataloader') or cfg.get('val_dataloader')
+    if not loader or 'pipeline' not in loader.get('dataset', {}):
+        raise InferenceError(
+            'the config has no test_dataloader (or val_dataloader) with a '
+            'dataset.pipeline, which says how images are resized and normalised.'
+        )
+    steps = []
+    for step in loader['dataset']['pipeline']:
+        name = type_name(step)
+        if name.startswith('Load') and 'Annotation' in name:
+            continue
+        if name == 'LoadImageFromFile':  # found by its name alone in mmseg
+            step['type'] = name
+        steps.append(step)
+    loader['dataset']['pipeline'] = steps
+    cfg.test_dataloader = loader
+    cfg.setdefault(
+        'visualizer', dict(type=_VISUALIZERS.get(find_toolbox(cfg) or '', ''))
+    )
+    cfg.visualizer.vis_backends = None
+    return cfg
+
+
+_VISUALIZERS = dict(mmdet='DetLocalVisualizer', mmseg='SegLocalVisualizer')
+
+
+def _check(model: Any, checkpoint: dict, source: Source) -> None:
+    tensors = as_mmengine_reads(checkpoint, source)
+    check_load_from(model, Latest(str(source), None, -1, state_dict=tensors))
+
+
+def _dataset_meta(checkpoint: dict, cfg: Config) -> dict:
+    """Class names of a checkpoint, or else those of its config."""
+    meta = checkpoint.get('meta') or {}
+    if 'dataset_meta' in meta:
+        return {key.lower(): value for key, value in meta['dataset_meta'].items()}
+    if 'CLASSES' in meta:
+        return dict(classes=meta['CLASSES'], palette=meta.get('PALETTE'))
+    from mmengine.registry import DATASETS
+
+    dataset = cfg.test_dataloader.dataset
+    with DATASETS.switch_scope_and_registry(find_toolbox(cfg)) as registry:
+        kind = registry.get(dataset.type) if isinstance(dataset.type, str) else None
+    found = getattr(kind or dataset.type, 'METAINFO', None) or {}
+    return {**found, **(dataset.get('metainfo') or {})}
+
+
+def _checked(kind: type, checkpoint: dict, source: Source) -> type:
+    """A toolbox's inferencer that loads what was read, if it fits."""
+
+    class Checked(kind):
+        def _load_weights_to_model(self, model: Any, _: Any, cfg: Any) -> None:
+            _check(model, checkpoint, source)
+            meta = dict(checkpoint.get('meta') or {})
+            meta['dataset_meta'] = _dataset_meta(checkpoint, cfg)
+            super()._load_weights_to_model(model, dict(checkpoint, meta=meta), cfg)
+
+    return Checked
