@@ -145,7 +145,11 @@ def read_file(path: str, where: str, map_location: Any = 'cpu') -> Any:
             found = f'its folder {folder} does not exist either'
         else:
             found = f'its folder exists{_list_checkpoints(folder)}'
-        raise CheckpointNotFoundError(f'the checkpoint {where} does not exist; {found}')
+        from ..weights import advise  # which reads through this module
+
+        raise CheckpointNotFoundError(
+            f'the checkpoint {where} does not exist; {found}. {advise(path)}'.strip()
+        )
     try:
         safetensors = is_safetensors(path)
         foreign = None if safetensors else _foreign_kind(path)

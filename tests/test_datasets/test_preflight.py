@@ -272,7 +272,7 @@ def test_missing_pretrained_weights(cfg, finding, tmp_path):
     missing = str(tmp_path / 'rest_lite.pth')
     cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=missing)
     text = finding(cfg)
-    assert missing in text and 'https://' in text
+    assert missing in text and 'python -m mmrest.weights rest_lite' in text
     assert '--cfg-options model.backbone.init_cfg=None' in text
     check_config(cfg, 'test')  # whose weights come from the checkpoint
 

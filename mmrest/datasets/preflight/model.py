@@ -10,6 +10,7 @@ from ...checkpoint import CheckpointError, read_checkpoint
 from ...checkpoint.state_dict import find_state_dict
 from ...utils.config_types import type_name
 from ...utils.text import shorten
+from ...weights import advise
 from .coco import CocoDataset
 from .reading import bases, walk
 from .segmentation import SegDataset
@@ -90,12 +91,11 @@ def _describe_absence(where: str, part: dict, checkpoint: str) -> str:
         f'{where}.init_cfg: the pretrained weights {osp.abspath(checkpoint)} do not '
         'exist. '
     )
-    if type_name(part) == 'ResT':
-        text += (
-            "The ImageNet weights are linked in the README of the ResT authors' "
-            'repository, https://github.com/wofmanaf/ResT; save the file for '
-            f'arch={part.get("arch")!r} there, no conversion is needed. '
-        )
+    advice = advise(checkpoint)
+    if advice:
+        text += f'{advice} '
+    elif type_name(part) in ('ResT', 'ResTV2'):
+        text += '`python -m mmrest.weights --list` names the published ones. '
     return text + (
         f'Or name another file: --cfg-options {where}.init_cfg.checkpoint=PATH. To '
         f'train from scratch (far lower accuracy on the same schedule): {option}.'

@@ -1,0 +1,491 @@
+"""Published ImageNet weights, put where the configs look for them::
+
+    python -m mmrest.weights rest_base    # becomes pretrained/rest_base.pth
+    python -m mmrest.weights --list
+
+In this order: where the files are, fetching, checking, the command line.
+
+The authors offer their files on Baidu, which a program cannot download from, and those
+of ResT in a folder of Google Drive too. PaddleViT's port offers ResT and ResTV2 there,
+and evaluated them again.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple, Optional, Union
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import CheckpointError, read_state_dict
+from .checkpoint.atomic import atomic_path
+from .checkpoint.comparison import compare, describe_defects, explain, tensors_of
+from .checkpoint.reading import is_url
+from .models import ResT, ResTV2
+from .utils.text import shorten
+
+# ---------------------------------------------------------------- where the files are
+
+FOLDER = 'pretrained'
+DRIVE = 'https://drive.google.com'
+BAIDU = 'https://pan.baidu.com/s'
+BAIDU_CODE = 'rest'
+ORIGINS = dict(
+    authors="the authors' folder on Google Drive",
+    paddlevit="the file of PaddleViT's port on Google Drive",
+)
+
+
+class Source(NamedTuple):
+    """Where a program finds a file.
+
+    Attributes:
+        origin (str): A key of ``ORIGINS``.
+        drive_id (str): Of a file on Google Drive, or of a folder.
+        suffix (str): The format: ``'.pth'`` or ``'.pdparams'``.
+        top1 (float, optional): ImageNet top-1 in percent that was measured there.
+        is_folder (bool): Whether the file must be looked up in a folder.
+        size (int, optional): Of the file in bytes, if it is known.
+        sha256 (str, optional): Of the file, if it is known.
+    """
+
+    origin: str
+    drive_id: str
+    suffix: str
+    top1: Optional[float] = None
+    is_folder: bool = False
+    size: Optional[int] = None
+    sha256: Optional[str] = None
+
+
+class Model(NamedTuple):
+    """A published ImageNet model.
+
+    Attributes:
+        kind (str): ``'ResT'`` or ``'ResTV2'``.
+        arch (str): Its ``arch``.
+        top1 (float): ImageNet top-1 in percent, as published.
+        baidu (str): Name of the authors' file on Baidu.
+        sources (tuple[Source]): In the order in which they are tried.
+    """
+
+    kind: str
+    arch: str
+    top1: float
+    baidu: str
+    sources: tuple[Source, ...] = ()
+
+
+_AUTHORS = Source('authors', '1H6QUZsKYbU6LECtxzGHKqEeGbx1E8uQ9', '.pth', None, True)
+
+
+def _port(drive_id: str, top1: float) -> Source:
+    return Source('paddlevit', drive_id, '.pdparams', top1)
+
+
+MODELS: dict[str, Model] = {
+    'rest_lite': Model(
+        *('ResT', 'lite', 77.2, '1VVzrzZi_tD3yTp_lw9tU9A'),
+        (_AUTHORS, _port('1JF3TVYw76kFizAVC3K5wnGqtAjY3R842', 77.18)),
+    ),
+    'rest_small': Model(
+        *('ResT', 'small', 79.6, '1Y-MIzzzcQnmrbHfGGR0mrw'),
+        (_AUTHORS, _port('1Hq8Bh55ZvM4sufRCaOyIX3-bYi7J66F4', 79.55)),
+    ),
+    'rest_base': Model(
+        *('ResT', 'base', 81.6, '1HhR9YxtGIhouZ0GEA4LYlw'),
+        (_AUTHORS, _port('1DqygDScRdwLQM4QltkaC4uJAy_BHfS9y', 81.60)),
+    ),
+    'rest_large': Model(
+        *('ResT', 'large', 83.6, '14c4u_oRoBcKOt1aTlsBBpw'),
+        (_AUTHORS, _port('14XBb3HgNYaprMsG1kz1NvSYP6mN3-MEV', 83.57)),
+    ),
+    'restv2_tiny': Model(
+        *('ResTV2', 'tiny', 82.3, '1LHAbsrXnGsjvAE3d5zhaHQ'),
+        (_port('1vSbX1m_4wcE-SdOGpE6tMIj6kuV2_slK', 82.32),),
+    ),
+    'restv2_small': Model(
+        *('ResTV2', 'small', 83.2, '1nysV5MTtwsDLChrRa7vmZQ'),
+        (_port('1_aFBSog30XkUrC_XOChiitSmBgE6ZxE7', 83.18),),
+    ),
+    'restv2_base': Model(
+        *('ResTV2', 'base', 83.7, '1GH3N2_rbZx816mN87UzYgQ'),
+        (_port('1hDne3_2TuadxxlZiV7qyghuj5jybmcms', 83.70),),
+    ),
+    'restv2_large': Model(
+        *('ResTV2', 'large', 84.2, '1A2huwk_Ii4ZzQllg1iHrEw'),
+        (_port('16XU0i3HV_bn9uhftcScEdVhOLIHbrl91', 84.24),),
+    ),
+    # fine-tuned at 384x384
+    'restv2_tiny_384': Model('ResTV2', 'tiny', 83.7, '1fEMs_OrDa_xF7Cw1DiBU9w'),
+    'restv2_small_384': Model('ResTV2', 'small', 84.5, '1S1GERP-lYEJANYr17xk3dA'),
+    'restv2_base_384': Model('ResTV2', 'base', 85.1, '12RBMZmf6IlJIB3lIkeBH9Q'),
+    'restv2_large_384': Model('ResTV2', 'large', 85.4, '1dlxiWexb9mho63WdWS8nXg'),
+}
+
+# Detectors and segmentors, which are on Baidu alone. The authors' table gives the two
+# Mask R-CNN of size small the same link.
+BAIDU_ONLY = {
+    'retinanet_rest_small': '13YXVRQeNcF_3Txns8eJzZw',
+    'retinanet_rest_base': '1hMRM5YEIGsfWfvqbuC7JWA',
+    'mask_rcnn_rest_small': '1UfDsRGwgZcydXtj56ZFoDg',
+    'mask_rcnn_rest_base': '1oSdMGTSBK_JDcLEq3XjY8w',
+    'mask_rcnn_restv2_tiny': '16fDcEupHBZ1zHyzFFZvM3g',
+    'mask_rcnn_restv2_small': '1UfDsRGwgZcydXtj56ZFoDg',
+    'mask_rcnn_restv2_base': '1zHQM0KqgtqQzg0-mdtx-Jg',
+    'upernet_restv2_tiny': '1X-hAafTLFnwJPQSI2BNOKw',
+    'upernet_restv2_small': '1WHiL0Rf9JeOB76yh6WOvLQ',
+    'upernet_restv2_base': '1dtkg68j3vCU-dxJxl8VFdg',
+}
+
+
+class WeightsError(CheckpointError):
+    """Weights could not be had; what was there before is as it was."""
+
+
+def advise(path: Union[str, os.PathLike]) -> str:
+    """Say which command puts a file in place.
+
+    Args:
+        path (str | Path): The file that is missing.
+
+    Returns:
+        str: A sentence; empty if the name is of no model here.
+    """
+    name, folder = Path(path).stem, os.path.dirname(path) or '.'
+    if name not in MODELS or Path(path).suffix != '.pth':
+        return ''
+    option = '' if folder == FOLDER else f' --folder {folder}'
+    return f'`python -m mmrest.weights {name}{option}` fetches this file.'
+
+
+# ---------------------------------------------------------------- fetching
+
+_ATTEMPTS = 3  # to go on where a connection broke
+_TIMEOUT = 60  # seconds without an answer
+_UNFINISHED = '.unfinished'
+_KEPT = 'What was received is kept, and the same command goes on from there.'
+
+
+def fetch(
+    name: str,
+    folder: Union[str, os.PathLike] = FOLDER,
+    origin: Optional[str] = None,
+    start: Optional[str] = None,
+) -> Path:
+    """Put the file of an ImageNet model in place, unless it is there.
+
+    It gets its name once it is whole and every name and shape in it fits the model with
+    its classifier. A download that broke off is continued by the next call.
+
+    Args:
+        name (str): A key of ``MODELS``.
+        folder (str | Path): Where it is put, as ``<name>.pth``.
+            Default: ``'pretrained'``.
+        origin (str, optional): The only source to try, a key of ``ORIGINS``.
+            Default: None, all in turn.
+        start (str, optional): A file or URL to take instead: ``.pth``, ``.pdparams``
+            or ``.safetensors``. Default: None.
+
+    Returns:
+        Path: The file.
+
+    Raises:
+        WeightsError: If it cannot be had, or is there and does not fit. Nothing that
+            was there is changed.
+    """
+    if name not in MODELS:
+        raise WeightsError(_unknown(name))
+    path = Path(folder) / f'{name}.pth'
+    if path.exists():
+        try:
+            check(path, name)
+        except CheckpointError as error:
+            raise WeightsError(
+                f'{path} exists and is left as it is, but {error} Move it away to '
+                'fetch it anew.'
+            ) from error
+        return path
+    if start is not None and not is_url(start):
+        _put_in_place(Path(start), check(start, name), path)
+        return path
+    failures = []
+    for source in _sources(name, origin, start):
+        try:
+            _fetch_from(source, path, name)
+            return path
+        except CheckpointError as error:
+            where = ORIGINS.get(source.origin, source.origin)
+            failures.append(f'{where}: {str(error).rstrip(".")}')
+    reasons = f' ({"; ".join(failures)})' if failures else ''
+    raise WeightsError(f'{name} was not fetched{reasons}. {_by_hand(name, folder)}')
+
+
+def _sources(name: str, origin: Optional[str], start: Optional[str]) -> list[Source]:
+    if start is not None:
+        return [Source(start, start, Path(urlsplit(start).path).suffix)]
+    return [s for s in MODELS[name].sources if origin in (None, s.origin)]
+
+
+def _fetch_from(source: Source, path: Path, name: str) -> None:
+    folder = path.parent / _UNFINISHED
+    file = folder / f'{name}-{Path(source.origin).stem}{source.suffix}'
+    try:
+        _download(source, file, name)
+        try:
+            _check_bytes(file, source)
+            tensors = check(file, name)
+        except CheckpointError:
+            file.unlink()
+            raise
+        _put_in_place(file, tensors, path)
+        file.unlink()
+    finally:
+        with contextlib.suppress(OSError):  # it is not there, or not empty
+            folder.rmdir()
+
+
+def _download(source: Source, file: Path, name: str) -> None:
+    try:
+        gdown: Any = import_module('gdown')
+    except ImportError as error:
+        raise WeightsError(
+            'downloading needs the package gdown, which is not installed: '
+            "pip install 'mmrest[weights]'"
+        ) from error
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        url = source.drive_id
+        if not is_url(url):
+            url = f'{DRIVE}/uc?id={_find_in_folder(gdown, source, name)}'
+        for attempt in range(_ATTEMPTS):
+            try:
+                gdown.download(
+                    url, str(file), resume=True, timeout=_TIMEOUT, use_cookies=False
+                )
+                break
+            except gdown.exceptions.FileURLRetrievalError:
+                raise
+            except gdown.exceptions.DownloadError as error:
+                if 'byte range' in str(error):  # the source cannot continue
+                    for part in file.parent.glob(f'{file.name}*.part'):
+                        part.unlink()
+                if attempt == _ATTEMPTS - 1:
+                    raise
+    except Exception as error:  # of requests, or of a page that gdown does not know
+        raise WeightsError(_reason(error, file)) from error
+
+
+def _find_in_folder(gdown: Any, source: Source, name: str) -> str:
+    """The id of a source's file on Google Drive."""
+    if not source.is_folder:
+        return source.drive_id
+    files = gdown.download_folder(
+        id=source.drive_id,
+        skip_download=True,
+        quiet=True,
+        timeout=_TIMEOUT,
+        use_cookies=False,
+    )
+    for file in files:
+        found = Path(file.path)
+        plain = re.sub(r'[^a-z0-9]', '', found.stem.lower())
+        if found.suffix == source.suffix and plain.startswith(name.replace('_', '')):
+            return file.id
+    paths = shorten(file.path for file in files) or 'nothing'
+    raise WeightsError(f'it holds no {name}{source.suffix}, but {paths}')
+
+
+def _reason(error: Exception, file: Path) -> str:
+    """Say in short why a download failed."""
+    requests: Any = import_module('requests')
+    gdown: Any = import_module('gdown.exceptions')
+    if isinstance(error, gdown.FileURLRetrievalError):
+        return (
+            'it answered with a page instead of the file, as for a file that is gone, '
+            'or one that too many have downloaded today'
+        )
+    if isinstance(error, gdown.DownloadError):
+        return f'{" ".join(str(error).split()).partition(". ")[0]}. {_KEPT}'
+    if isinstance(error, (requests.ConnectionError, requests.Timeout)):
+        return f'the connection to {urlsplit(error.request.url).hostname} failed'
+    if isinstance(error, requests.HTTPError):
+        return f'it answered with HTTP status {error.response.status_code}'
+    if isinstance(error, OSError) and error.errno:
+        return f'{file} could not be written: {error.strerror}. {_KEPT}'
+    if isinstance(error, CheckpointError):
+        return str(error)
+    return f'it answered with something unknown ({type(error).__name__}: {error})'
+
+
+def _put_in_place(file: Path, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copy a ``.pth`` file as it is, and write one of the tensors of another."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as beside:
+            if file.suffix == '.pth':
+                shutil.copyfile(file, beside)
+            else:
+                buffer = io.BytesIO()
+                torch.save(tensors, buffer)
+                Path(beside).write_bytes(buffer.getbuffer())
+    except OSError as error:
+        raise WeightsError(
+            f'{path} could not be written: {error.strerror}. Nothing of it is there.'
+        ) from error
+
+
+# ---------------------------------------------------------------- checking
+
+
+def check(path: Union[str, os.PathLike], name: str) -> dict[str, Tensor]:
+    """Check every name and shape of a file against the model with its classifier.
+
+    Args:
+        path (str | Path): The file.
+        name (str): A key of ``MODELS``.
+
+    Returns:
+        dict[str, Tensor]: The tensors, with the published names.
+
+    Raises:
+        CheckpointError: If it cannot be read or does not fit.
+    """
+    tensors = read_state_dict(path)
+    model = _classifier(MODELS[name])
+    found = compare(tensors, tensors_of(model))
+    problems = [*found.problems, *describe_defects(found.fitting)]
+    if problems:
+        text = ' '.join([*explain(model, tensors), *problems])
+        raise WeightsError(f'{path} is not {name}. {text}')
+    return tensors
+
+
+def _classifier(published: Model) -> nn.Module:
+    """The model of an ImageNet file, without values."""
+    with torch.device('meta'):
+        model: nn.Module
+        if published.kind == 'ResT':
+            model = ResT(published.arch, out_indices=(3,))
+        else:
+            model = ResTV2(published.arch, out_indices=(3,), out_norm='final')
+        model.head = nn.Linear(model.arch.embed_dims[-1], 1000)
+    return model
+
+
+def _check_bytes(file: Path, source: Source) -> None:
+    size = file.stat().st_size
+    if source.size not in (None, size):
+        raise WeightsError(f'the file has {size:,} bytes instead of {source.size:,}')
+    if source.sha256 not in (None, _sha256(file)):
+        raise WeightsError(
+            f'the file has the SHA-256 {_sha256(file)} instead of {source.sha256}'
+        )
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run ``python -m mmrest.weights``; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog='python -m mmrest.weights',
+        description='Put published ImageNet weights where the configs look for them.',
+    )
+    parser.add_argument('name', nargs='?', help='e.g. rest_base, see --list')
+    parser.add_argument('--list', action='store_true', help='list what there is')
+    parser.add_argument('--folder', default=FOLDER, help=f'[{FOLDER}]')
+    parser.add_argument('--source', choices=ORIGINS, help='[all, in this order]')
+    parser.add_argument(
+        '--from',
+        dest='start',
+        metavar='FILE_OR_URL',
+        help='take this .pth, .pdparams or .safetensors, which a browser downloaded',
+    )
+    args = parser.parse_args(argv)
+    if args.list:
+        print('\n'.join(_table()))
+        return 0
+    if not args.name:
+        parser.error('name a model, or give --list')
+    try:
+        path = fetch(args.name, args.folder, args.source, args.start)
+        size = path.stat().st_size
+        print(f'{path}: {size:,} bytes, SHA-256 {_sha256(path)}, fits {args.name}')
+    except (CheckpointError, OSError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 1
+    return 0
+
+
+def _table() -> Iterator[str]:
+    yield f'{"name":24}{"top-1":>6}{"measured":>10}  from'
+    for name, model in MODELS.items():
+        measured = next((f'{s.top1:.2f}' for s in model.sources if s.top1), '')
+        where = ', '.join(
+            [*(s.origin for s in model.sources), f'{BAIDU}/{model.baidu}']
+        )
+        yield f'{name:24}{model.top1:6.1f}{measured:>10}  {where}'
+    yield ''
+    yield from (f'{origin}: {where}' for origin, where in ORIGINS.items())
+    yield f'Baidu asks for the access code {BAIDU_CODE}. With a file from there:'
+    yield '  python -m mmrest.weights NAME --from FILE'
+    yield ''
+    yield 'On Baidu alone, with the command for the file from there:'
+    for name, file in BAIDU_ONLY.items():
+        yield f'{name:24}{BAIDU}/{file}'
+        yield f'  {_use(name)}'
+
+
+def _use(name: str) -> str:
+    """The command for a detector or segmentor."""
+    if name.startswith('upernet'):
+        config = f'upernet/{name[8:]}_upernet_160k_ade20k_512x512.py'
+        return f'python tools/test.py configs/{config} FILE'
+    return f'python tools/model_converters/detectron2_to_mmdet.py FILE {name}.pth'
+
+
+def _by_hand(name: str, folder: Union[str, os.PathLike]) -> str:
+    links = [
+        f'{DRIVE}/{"drive/folders" if s.is_folder else "file/d"}/{s.drive_id}'
+        for s in MODELS[name].sources
+    ]
+    links.append(f'{BAIDU}/{MODELS[name].baidu} (access code {BAIDU_CODE})')
+    option = '' if os.fspath(folder) == FOLDER else f' --folder {folder}'
+    return (
+        f'Download it in a browser from {" or ".join(links)}, then run '
+        f'`python -m mmrest.weights {name}{option} --from FILE`.'
+    )
+
+
+def _unknown(name: str) -> str:
+    if name in BAIDU_ONLY:
+        return (
+            f'{name} is on Baidu alone: download it in a browser from '
+            f'{BAIDU}/{BAIDU_ONLY[name]} (access code {BAIDU_CODE}), then run '
+            f'`{_use(name)}`.'
+        )
+    close = get_close_matches(name, MODELS, n=3) or list(MODELS)
+    return (
+        f'there are no weights called {name!r}. Did you mean {shorten(close)}? '
+        '--list names all.'
+    )
+
+
+if __name__ == '__main__':
+    sys.exit(main())
