@@ -160,14 +160,12 @@ class EMSAv2(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, size: Size) -> Tensor:
-        # B, N, C -> B, h, N, d
-        q = self.split_heads(self.q(x))
         # B, N, C -> B, M, C -> B, M, 2C -> twice B, M, C
-        x, reduced = self.reduce(x, size)
-        k, v = self.kv(x).chunk(2, dim=-1)
-        # B, h, N, d
+        reduced, reduced_size = self.reduce(x, size)
+        k, v = self.kv(reduced).chunk(2, dim=-1)
+        # B, N, C -> B, h, N, d
         x = attention(
-            q,
+            self.split_heads(self.q(x)),
             self.split_heads(k),
             self.split_heads(v),
             self.scale,
@@ -175,7 +173,9 @@ class EMSAv2(nn.Module):
         )
         # B, h, N, d -> B, N, C
         x = x.transpose(1, 2).flatten(2)
-        return self.proj(x + self.upsample(v, reduced, size))
+        # the sum takes the name, so that what it came from is freed before `proj`
+        x = x + self.upsample(v, reduced_size, size)
+        return self.proj(x)
 
     def reduce(self, x: Tensor, size: Size) -> tuple[Tensor, Size]:
         """The tokens that keys and values come from, (B, M, C), and their grid."""
@@ -185,10 +185,10 @@ class EMSAv2(nn.Module):
         x = self.sr(to_map(x, size))
         return self.sr_norm(to_tokens(x)), (x.shape[2], x.shape[3])
 
-    def upsample(self, v: Tensor, reduced: Size, size: Size) -> Tensor:
+    def upsample(self, v: Tensor, reduced_size: Size, size: Size) -> Tensor:
         """Values (B, M, C) on a grid as large as that of the queries, (B, N, C)."""
         # B, M, C -> B, C, H / sr, W / sr -> B, C, H, W -> B, H, W, C
-        x = self.up(to_map(v, reduced)).permute(0, 2, 3, 1)
+        x = self.up(to_map(v, reduced_size)).permute(0, 2, 3, 1)
         # rows and columns beyond the map are there if the ratio does not divide it
         return self.up_norm(crop(x, size).flatten(1, 2))
 
