@@ -48,16 +48,24 @@ def build_detector(path):
 
 
 @pytest.mark.slow
-def test_equals_ddp_and_resumes(start, config, tmp_path):
+@pytest.mark.parametrize('backbone', ['ResT', 'ResTV2'])
+def test_equals_ddp_and_resumes(backbone, start, config, repo, tmp_path):
     base = 'mmrest::mask_rcnn/rest_lite_fpn_1x.py'
+    shipped = repo / 'configs/mask_rcnn/rest_base_fpn_1x_fsdp.py'
     text = config.read_text()
     assert base in text
-    sgd = dict(_delete_=True, type='SGD', lr=0.01, momentum=0.9, weight_decay=0.1)
-    sgd = f'optim_wrapper = dict(optimizer={sgd})\n'
+    if backbone == 'ResT':
+        new = text.replace(base, 'mmrest::mask_rcnn/rest_base_fpn_1x.py')
+        sharded = text.replace(base, 'mmrest::mask_rcnn/rest_base_fpn_1x_fsdp.py')
+    else:  # as a user writes it: the lines of the shipped config in another one
+        new = text.replace(base, 'mmrest::mask_rcnn/restv2_tiny_fpn_1x.py')
+        sharded = new + shipped.read_text().split("_base_fpn_1x.py'\n")[1]
+    sgd = dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=0.1)
+    sgd = dict(_delete_=True, type='OptimWrapper', optimizer=sgd)
+    sgd = f'optim_wrapper = {sgd}\n'
     (tmp_path / 'note_units.py').write_text(NOTE_UNITS)
-    for name, extra in (('', ''), ('_fsdp', WITH_UNITS)):
-        new = text.replace(base, f'mmrest::mask_rcnn/rest_base_fpn_1x{name}.py')
-        (tmp_path / f'shapes{name}.py').write_text(new + sgd + extra)
+    (tmp_path / 'shapes.py').write_text(new + sgd)
+    (tmp_path / 'shapes_fsdp.py').write_text(sharded + sgd + WITH_UNITS)
 
     def train(name, resume, iters):
         command = ['dist_train.sh', tmp_path / f'shapes{name}.py', 2, '--resume']
