@@ -18,6 +18,35 @@ from .inputs import Inputs, Item, read_inputs
 WINDOW = 'mmrest (q ends)'
 
 
+def new_folder(path: Union[str, Path]) -> Path:
+    """Make a folder, or take an empty one.
+
+    Raises:
+        InferenceError: If it holds files, or cannot be made.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise InferenceError(
+                f'{path} is not empty, and nothing in it is overwritten; name another '
+                'folder.'
+            )
+    except OSError as error:
+        raise InferenceError(f'{path} cannot be made: {error.strerror}') from error
+    return folder
+
+
+def write_picture(path: Path, picture: np.ndarray) -> None:
+    """Write a picture, BGR or grey, in the format of the file's ending.
+
+    Raises:
+        OSError: If the disk takes no more.
+    """
+    if not cv2.imwrite(str(path), np.ascontiguousarray(picture)):
+        raise OSError(f'{path} cannot be written')
+
+
 class OutputFolder:
     """A new folder with pictures in ``vis`` and a JSON file an image in ``preds``.
 
@@ -30,18 +59,9 @@ class OutputFolder:
     """
 
     def __init__(self, path: Union[str, Path]) -> None:
-        self.path = Path(path)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if any(self.path.iterdir()):
-                raise InferenceError(
-                    f'{path} is not empty, and nothing in it is overwritten; name '
-                    'another folder.'
-                )
-            for name in ('vis', 'preds'):
-                (self.path / name).mkdir()
-        except OSError as error:
-            raise InferenceError(f'{path} cannot be made: {error.strerror}') from error
+        self.path = new_folder(path)
+        for name in ('vis', 'preds'):
+            (self.path / name).mkdir()
         self._names: set[str] = set()
         self._video: Optional[cv2.VideoWriter] = None
 
@@ -60,7 +80,7 @@ class OutputFolder:
             OSError: If the disk takes no more.
         """
         name = self._free_name(item.name)
-        self._write(self.path / 'vis' / f'{name}.jpg', picture)
+        write_picture(self.path / 'vis' / f'{name}.jpg', picture)
         self.save_result(name, item, result, labels)
 
     def save_frame(
@@ -82,7 +102,7 @@ class OutputFolder:
         path = self.path / 'preds' / f'{name}.json'
         path.write_text(json.dumps(dict(image=item.name, **result)) + '\n')
         if labels is not None:
-            self._write(self.path / 'preds' / f'{name}.png', labels)
+            write_picture(self.path / 'preds' / f'{name}.png', labels)
 
     def close(self) -> None:
         """Finish the video, if there is one."""
@@ -95,10 +115,6 @@ class OutputFolder:
         name = file if stem in self._names else stem
         self._names.add(name)
         return name
-
-    def _write(self, path: Path, picture: np.ndarray) -> None:
-        if not cv2.imwrite(str(path), np.ascontiguousarray(picture)):
-            raise OSError(f'{path} cannot be written')
 
 
 def infer(

@@ -1,0 +1,112 @@
+"""Pictures of what a point of an image attends to."""
+
+from pathlib import Path
+from typing import Union
+
+import cv2
+import numpy as np
+
+from .attention import PointAttention
+from .outputs import new_folder, write_picture
+
+TILES_A_ROW = 4
+TILE_SIDE = 320  # longer side of a tile, in pixels
+
+
+def save_attention(found: PointAttention, out_dir: Union[str, Path]) -> list[Path]:
+    """Save a picture a stage, and the numbers.
+
+    Args:
+        found (PointAttention): From :func:`.attention.attend`.
+        out_dir (str | Path): A new or empty folder.
+
+    Returns:
+        list[Path]: ``stage1.png`` to ``stage4.png``, and ``attention.npz`` with the
+        arrays of each stage, as ``stage1_rows``.
+
+    Raises:
+        InferenceError: If the folder holds files.
+    """
+    folder = new_folder(out_dir)
+    paths, arrays = [], {}
+    for index, stage in enumerate(found.stages):
+        paths.append(folder / f'stage{stage.stage}.png')
+        write_picture(paths[-1], draw_stage(found, index))
+        for name in ('rows', 'gains', 'gates', 'features'):
+            if getattr(stage, name) is not None:
+                arrays[f'stage{stage.stage}_{name}'] = getattr(stage, name)
+    paths.append(folder / 'attention.npz')
+    np.savez_compressed(paths[-1], **arrays)
+    return paths
+
+
+def draw_stage(found: PointAttention, index: int) -> np.ndarray:
+    """Draw a stage: a tile for each head, then the gates and the features.
+
+    Args:
+        found (PointAttention): From :func:`attend`.
+        index (int): The stage, counted from 0.
+
+    Returns:
+        ndarray: BGR, uint8. A head's tile is brightest where its attention is highest.
+    """
+    stage = found.stages[index]
+    tiles = []
+    for head, row in enumerate(stage.rows, 1):
+        title = f'stage {stage.stage}, head {head}: up to {row.max():.1%}'
+        heat = _spread(row / row.max(), found.view, stage.key_stride)
+        tiles.append(_tile(found, _glow(found.view, heat), title))
+    maps = [('gates (pixel attention)', stage.gates), ('features', stage.features)]
+    for title, values in maps:
+        if values is not None:
+            span = max(float(np.ptp(values)), 1e-12)
+            heat = _spread((values - values.min()) / span, found.view, 4 * 2**index)
+            title = f'{title}: {values.min():.3g} to {values.max():.3g}'
+            picture = cv2.applyColorMap(_to_uint8(heat), cv2.COLORMAP_VIRIDIS)
+            tiles.append(_tile(found, picture, title))
+    columns = min(TILES_A_ROW, len(tiles))
+    while len(tiles) % columns:
+        tiles.append(np.full_like(tiles[0], 255))
+    lines = [tiles[n : n + columns] for n in range(0, len(tiles), columns)]
+    return np.concatenate([np.concatenate(line, axis=1) for line in lines])
+
+
+def _spread(values: np.ndarray, view: np.ndarray, side: int) -> np.ndarray:
+    """Cells of ``side`` pixels each, smoothed, on the pixels of the view."""
+    size = values.shape[1] * side, values.shape[0] * side
+    large = cv2.resize(values.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
+    return large[: view.shape[0], : view.shape[1]]
+
+
+def _to_uint8(heat: np.ndarray) -> np.ndarray:
+    return (255 * heat.clip(0, 1)).astype(np.uint8)
+
+
+def _glow(view: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """A dim grey image under the colours of a map."""
+    grey = cv2.cvtColor(cv2.cvtColor(view, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
+    colours = cv2.applyColorMap(_to_uint8(heat), cv2.COLORMAP_INFERNO)
+    return cv2.addWeighted(grey, 0.35, colours, 0.65, 0)
+
+
+def _tile(found: PointAttention, picture: np.ndarray, title: str) -> np.ndarray:
+    """A picture of the common size, with the point, under a title."""
+    factor = TILE_SIDE / max(picture.shape[:2])
+    size = tuple(max(1, round(side * factor)) for side in picture.shape[1::-1])
+    picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+    centre = tuple(int((side + 0.5) * factor) for side in found.point)
+    cv2.drawMarker(picture, centre, (0, 0, 0), cv2.MARKER_CROSS, 16, 4)
+    cv2.drawMarker(picture, centre, (255, 255, 255), cv2.MARKER_CROSS, 14, 2)
+    strip = np.full((24, TILE_SIDE, 3), 255, np.uint8)
+    cv2.putText(
+        strip, title, (4, 16), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (40, 40, 40), 1,
+        cv2.LINE_AA,
+    )  # fmt: skip
+    right = TILE_SIDE - size[0]
+    picture = cv2.copyMakeBorder(
+        picture, 0, 4, 0, right, cv2.BORDER_CONSTANT, value=(255, 255, 255)
+    )
+    tile = np.concatenate([strip, picture])
+    return cv2.copyMakeBorder(
+        tile, 0, 0, 0, 4, cv2.BORDER_CONSTANT, value=(255, 255, 255)
+    )
