@@ -34,8 +34,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def train(args: argparse.Namespace, cfg: launch.Config) -> None:
-    if args.amp:
-        train_with_amp(cfg, args.amp)
+    train_with_amp(cfg, args.amp)
     if args.auto_scale_lr:
         launch.scale_learning_rate(cfg)
     if args.tensorboard:

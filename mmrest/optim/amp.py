@@ -137,20 +137,30 @@ def choose_dtype(requested: str) -> str:
     return requested
 
 
-def train_with_amp(cfg: Config, requested: str) -> None:
+def train_with_amp(cfg: Config, requested: Optional[str]) -> None:
     """Make a config train in mixed precision.
 
     Args:
         cfg (Config): Its ``optim_wrapper`` is changed in place.
-        requested (str): As for :func:`choose_dtype`.
+        requested (str, optional): As for :func:`choose_dtype`. None leaves the
+            precision to the config.
 
     Raises:
-        AmpError: As :func:`choose_dtype`, and for an optimizer wrapper of another type,
-            which would be replaced.
+        AmpError: As :func:`choose_dtype`, for an optimizer wrapper of another type,
+            which would be replaced, and for a config that asks for MMEngine's
+            ``AmpOptimWrapper`` on a CPU.
     """
     wrapper = cfg.get('optim_wrapper') or {}
     kinds = ('OptimWrapper', 'AmpOptimWrapper', 'BFloat16OptimWrapper')
     kind = type_name(wrapper) or kinds[0]
+    if requested is None:
+        if kind == 'AmpOptimWrapper' and get_device() == 'cpu':
+            raise AmpError(
+                "optim_wrapper is MMEngine's AmpOptimWrapper, which needs a GPU, and "
+                'the device is cpu. Give --amp bfloat16, or --cfg-options '
+                'optim_wrapper.type=OptimWrapper for float32.'
+            )
+        return
     if kind not in kinds or 'optimizer' not in wrapper:
         raise AmpError(
             f'--amp puts another optim_wrapper in the place of {kinds[0]}, and the '

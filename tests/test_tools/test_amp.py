@@ -113,6 +113,19 @@ def test_other_optim_wrapper_is_refused(fields):
         train_with_amp(Config(fields), 'auto')
 
 
+@pytest.mark.parametrize('device, refused', [('cpu', True), ('cuda', False)])
+def test_a_config_with_amp_of_its_own(monkeypatch, device, refused):
+    monkeypatch.setattr('mmrest.optim.amp.get_device', lambda: device)
+    fields = dict(type='AmpOptimWrapper', optimizer=dict(type='SGD', lr=0.1))
+    cfg = Config(dict(optim_wrapper=fields))
+    if refused:
+        with pytest.raises(AmpError, match='device is cpu. Give --amp bfloat16'):
+            train_with_amp(cfg, None)
+    else:
+        train_with_amp(cfg, None)
+        assert cfg.optim_wrapper == fields
+
+
 def test_bfloat16_step():
     """Computed in bfloat16; the parameters stay in float32."""
     model, seen = nn.Linear(3, 2), []
