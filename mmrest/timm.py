@@ -1,0 +1,219 @@
+"""The archs of ResT as models of timm::
+
+    import mmrest.timm, timm
+
+    model = timm.create_model('rest_base', pretrained=True, num_classes=10)
+    backbone = timm.create_model('restv2_tiny', features_only=True)
+
+They are built by timm's own builder, so its options hold: ``num_classes``,
+``in_chans``, ``drop_path_rate``, ``features_only``, ``out_indices`` and others, and
+those of :class:`mmrest.ResT` and :class:`mmrest.ResTV2`, such as ``attn_impl``.
+``pretrained=True`` reads ``pretrained/<name>.pth``, which ``python -m mmrest.weights``
+puts there; ``pretrained='x.pdparams'`` any other file that
+:func:`mmrest.checkpoint.load_pretrained` reads.
+
+The features are the plain maps of the stages, as they are in the classifier. The
+detectors of this package normalise them, which ``type='ResT'`` does.
+"""
+
+from typing import Any, Union
+
+import torch
+from timm.layers import SelectAdaptivePool2d
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+)
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from .checkpoint import load_pretrained
+from .models import rest, restv2
+from .models.utils import NUM_STAGES, to_map, to_tokens
+from .weights import FOLDER, MODELS
+
+NUM_CLASSES = 1000
+
+
+class _Classifier(rest.BaseResT):
+    """What timm expects of a classifier, around a generation of ResT."""
+
+    _options: dict[str, Any] = {}
+
+    def __init__(
+        self,
+        arch: Union[str, dict],
+        num_classes: int = NUM_CLASSES,
+        in_chans: int = 3,
+        global_pool: str = 'avg',
+        drop_path_rate: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(  # type: ignore[call-arg]
+            arch,
+            in_channels=in_chans,
+            out_indices=(NUM_STAGES - 1,),
+            drop_path_rate=drop_path_rate,
+            **self._options,
+            **options,
+        )
+        self.in_chans = in_chans
+        self.feature_info = [
+            dict(num_chs=dim, reduction=4 * 2**i, module=f'stage{i + 1}')
+            for i, dim in enumerate(self.arch.embed_dims)
+        ]
+        self.num_features = self.head_hidden_size = self.arch.embed_dims[-1]
+        self.reset_classifier(num_classes, global_pool)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draw the weights, once: a model around this one may ask again."""
+        if not self._is_init:
+            super().init_weights()
+            self._is_init = True
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str = 'avg') -> None:
+        self.num_classes = num_classes
+        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)
+        self.head: nn.Module = nn.Identity()
+        if num_classes:
+            self.head = nn.Linear(self.num_features, num_classes)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.with_cp = enable
+        for i in range(self.num_stages):
+            self.stage(i).with_cp = enable
+
+    def load_pretrained(self, path: str) -> None:
+        """Load a published file; a head of other classes stays as it was drawn."""
+        head = self.head
+        if self.num_classes != NUM_CLASSES:
+            self.head = nn.Identity()
+        other_head = () if self.num_classes == NUM_CLASSES else ('head',)
+        load_pretrained(
+            self,
+            path,
+            allow_missing=self.names_not_in_checkpoints(),
+            allow_unexpected=other_head,
+            adapt_input=True,
+        )
+        self.head = head
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return super().forward(x)[0]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.global_pool(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: Union[int, list[int], None] = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+    ) -> Union[list[Tensor], tuple[Tensor, list[Tensor]]]:
+        """The maps of the stages; ``norm`` normalises that of the last one."""
+        if output_fmt != 'NCHW':
+            raise ValueError(f"output_fmt must be 'NCHW', found {output_fmt!r}")
+        wanted, last = feature_take_indices(self.num_stages, indices)
+        self.check_image(x)
+        x = x.contiguous(memory_format=torch.channels_last)
+        maps = []
+        for i in range(last + 1 if stop_early else self.num_stages):
+            x = self.enter(i, x)
+            size = (x.shape[2], x.shape[3])
+            tokens = self.stage(i)(to_tokens(x), size)
+            x = to_map(tokens, size)
+            final = to_map(self.norm(tokens), size) if i == NUM_STAGES - 1 else x
+            if i in wanted:
+                maps.append((final if norm else x).contiguous())
+        return maps if intermediates_only else (final, maps)
+
+    def prune_intermediate_layers(
+        self,
+        indices: Union[int, list[int]] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Drop what the wanted maps do not need."""
+        wanted, last = feature_take_indices(self.num_stages, indices)
+        for i in range(last + 1, self.num_stages):
+            delattr(self, self.entry_names[i])
+            delattr(self, f'stage{i + 1}')
+        self.num_stages = last + 1
+        if prune_norm or self.num_stages < NUM_STAGES:
+            self.norm: nn.Module = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0)
+        return wanted
+
+
+class ResTClassifier(_Classifier, rest.ResT):
+    """ResT as a classifier of timm."""
+
+
+class ResTV2Classifier(_Classifier, restv2.ResTV2):
+    """ResT v2 as a classifier of timm."""
+
+    _options = dict(out_norm='final')
+
+
+_KINDS = {'ResT': ResTClassifier, 'ResTV2': ResTV2Classifier}
+_FIRST_CONV = {'ResT': 'stem.conv1', 'ResTV2': 'stem.proj.0'}
+
+
+def _cfg(name: str) -> dict[str, Any]:
+    size = 384 if name.endswith('_384') else 224
+    return dict(
+        file=f'{FOLDER}/{name}.pth',
+        custom_load=True,
+        num_classes=NUM_CLASSES,
+        input_size=(3, size, size),
+        pool_size=(size // 32, size // 32),
+        crop_pct=1.0 if size == 384 else 0.9,
+        interpolation='bicubic',
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        first_conv=_FIRST_CONV[MODELS[name].kind],
+        classifier='head',
+        license='apache-2.0',
+        origin_url='https://github.com/wofmanaf/ResT',
+    )
+
+
+# timm's name of restv2_tiny_384 is restv2_tiny.in1k_384
+default_cfgs = generate_default_cfgs(
+    {'{}.in1k{}'.format(*name.partition('_384')): _cfg(name) for name in MODELS}
+)
+
+
+def _register(name: str, kind: str, arch: str) -> None:
+    def create(pretrained: Union[bool, str] = False, **options: Any) -> nn.Module:
+        if isinstance(pretrained, str):
+            options['pretrained_cfg_overlay'] = dict(file=pretrained, custom_load=True)
+        return build_model_with_cfg(
+            _KINDS[kind],
+            name,
+            bool(pretrained),
+            feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls='getter'),
+            **{'arch': arch, **options},
+        )
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f'{kind} {arch}; the options are those of ``timm.create_model``.'
+    globals()[name] = register_model(create)
+
+
+for _name, _model in MODELS.items():
+    if not _name.endswith('_384'):
+        _register(_name, _model.kind, _model.arch)
