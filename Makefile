@@ -1,6 +1,6 @@
 # Each target makes the environment first, if it is missing or out of date.
 #
-#   make demo            make demo DATA=/path/to/coco-format-folder ARCH=restv2
+#   make demo            make demo DATA=/path/to/folder ARCH=restv2
 #   make test-fast       make test ARGS='-k checkpoint' WORKERS=4
 #   make env STACK=onedl make env ENV=/big/disk/env PYTHON=python3.11
 
@@ -29,7 +29,7 @@ PYTEST = OMP_NUM_THREADS=1 '$(BIN)/python' -m pytest -n $(WORKERS) --dist loadfi
 help:
 	@echo 'make env          set up the environment   STACK=openmmlab|onedl ENV=folder PYTHON=python3.11'
 	@echo '                  (TORCH, TORCH_INDEX, MMCV_FIND_LINKS, ...: see tools/make_env.sh)'
-	@echo 'make demo         train, evaluate and draw a ResT detector   DATA=coco-folder WORK_DIR=folder ARCH=rest|restv2'
+	@echo 'make demo         train, evaluate and draw a ResT detector   DATA=folder (COCO, VOC, YOLO) WORK_DIR=folder ARCH=rest|restv2'
 	@echo 'make test         all tests                WORKERS=processes ARGS=options-of-pytest'
 	@echo 'make test-fast    the tests that are not marked slow'
 	@echo 'make test-oldest  the tests of the backbone with the oldest torch that is promised'

@@ -99,21 +99,21 @@ def _draw_pair(visualizer, image, sample, factor, score_thr):
 
 
 def _enlarge(instances, shape, factor):
-    """Boxes, labels, scores and masks for an image ``factor`` times as large."""
-    masks = instances.masks
-    masks = masks.to_ndarray() if hasattr(masks, 'to_ndarray') else masks.numpy()
-    large = [
-        cv2.resize(m.astype(np.float32), shape[1::-1], interpolation=cv2.INTER_LINEAR)
-        for m in masks
-    ]
-    large = np.reshape(large, (len(masks), *shape[:2])) >= 0.5
+    """What instances have, for an image ``factor`` times as large."""
     boxes = instances.bboxes
     boxes = boxes.tensor if hasattr(boxes, 'tensor') else boxes
-    result = InstanceData(
-        bboxes=boxes * factor,
-        labels=instances.labels.clone(),
-        masks=torch.tensor(large),
-    )
+    result = InstanceData(bboxes=boxes * factor, labels=instances.labels.clone())
+    if 'masks' in instances:
+        masks = instances.masks
+        masks = masks.to_ndarray() if hasattr(masks, 'to_ndarray') else masks.numpy()
+        large = [
+            cv2.resize(
+                m.astype(np.float32), shape[1::-1], interpolation=cv2.INTER_LINEAR
+            )
+            for m in masks
+        ]
+        large = np.reshape(large, (len(masks), *shape[:2])) >= 0.5
+        result.masks = torch.tensor(large)
     if 'scores' in instances:
         result.scores = instances.scores
     return result
@@ -176,6 +176,8 @@ def save_curves(train, val, path):
     for kind, colour in (('bbox', 'tab:blue'), ('segm', 'tab:orange')):
         for metric, style in (('mAP_50', '-'), ('mAP', '--')):
             key = f'coco/{kind}_{metric}'
+            if not all(key in e for e in val):
+                continue  # boxes alone
             right.plot(
                 [e['step'] for e in val],
                 [e[key] for e in val],
@@ -211,6 +213,8 @@ def metric_table(metrics):
     columns = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
     rows = [''.join(f'{c.replace("mAP", "AP").replace("_", ""):>8}' for c in columns)]
     for kind in ('bbox', 'segm'):
+        if f'coco/{kind}_mAP' not in metrics:
+            continue
         values = [metrics[f'coco/{kind}_{column}'] for column in columns]
         # COCO says -1 where no object of that size exists
         cells = ''.join(f'{v:8.3f}' if v >= 0 else f'{"-":>8}' for v in values)

@@ -1,7 +1,8 @@
 """Train, evaluate and picture a small ResT detector within minutes.
 
 Without arguments it generates a data set of fruit on tables and trains a Mask
-R-CNN on it; with ``--data`` it takes a folder in COCO's format.
+R-CNN on it. With ``--data`` it takes a folder in the format of COCO, VOC or YOLO, and
+trains a RetinaNet if its objects have boxes alone.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from fruitset.coco import CLASSES, SPLITS, VERSION, generate
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 from plotting import metric_table, read_scalars, save_curves, save_pictures
-from user_data import LAYOUTS, CocoFolder, DataError, Split, find_coco_data
+from user_data import LAYOUTS, CocoFolder, DataError, Split, find_data
 
 from mmrest.datasets.preflight import PreflightError, check_config, log_report
 
@@ -34,7 +35,9 @@ def parse_args():
         epilog=LAYOUTS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('--data', metavar='DIR', help='your own COCO-format folder')
+    parser.add_argument(
+        '--data', metavar='DIR', help='your own folder: COCO, VOC or YOLO'
+    )
     parser.add_argument(
         '--work-dir',
         default='work_dirs/demo',
@@ -98,9 +101,10 @@ def fill_in(cfg, data, run_dir):
         'work_dir': str(run_dir),
         'experiment_name': run_dir.name,
         'val_evaluator.ann_file': str(data.val.ann_file),
-        'model.roi_head.bbox_head.num_classes': len(data.classes),
-        'model.roi_head.mask_head.num_classes': len(data.classes),
     }
+    heads = ('roi_head.bbox_head', 'roi_head.mask_head')
+    for head in heads if data.has_masks else ('bbox_head',):
+        options[f'model.{head}.num_classes'] = len(data.classes)
     for split in SPLITS:
         files = getattr(data, split)
         dataset = f'{split}_dataloader.dataset'
@@ -108,6 +112,14 @@ def fill_in(cfg, data, run_dir):
         options[f'{dataset}.data_prefix'] = dict(img=str(files.img_dir))
         options[f'{dataset}.metainfo'] = dict(classes=data.classes)
     cfg.merge_from_dict(options)
+
+
+def load_config(name, args):
+    cfg = Config.fromfile(CONFIGS / name)
+    if args.arch == 'restv2':
+        cfg.model.backbone.update(type='ResTV2', out_norm='branch')
+    cfg.merge_from_dict(args.cfg_options or {})
+    return cfg
 
 
 def write_results(runner, run_dir):
@@ -138,18 +150,18 @@ def main():
     start = time.time()
     args = parse_args()
     threads = limit_threads()
-    name = 'mask_rcnn_rest_custom.py' if args.data else 'mask_rcnn_rest_fruit.py'
-    cfg = Config.fromfile(CONFIGS / name)
-    if args.arch == 'restv2':
-        cfg.model.backbone.update(type='ResTV2', out_norm='branch')
-    cfg.merge_from_dict(args.cfg_options or {})
     run_dir = new_run_folder(args.work_dir).resolve()
     try:
         if args.data:
-            data = find_coco_data(args.data, run_dir / 'split')
+            data = find_data(args.data, run_dir / 'split')
+            kind = 'mask_rcnn' if data.has_masks else 'retinanet'
+            cfg = load_config(f'{kind}_rest_custom.py', args)
         else:
+            cfg = load_config('mask_rcnn_rest_fruit.py', args)
             print('Generating the data set ...', flush=True)
             data = generated_data(cfg.fruit_set, args.work_dir, threads)
+        if not data.has_masks:
+            print('The objects have boxes and no masks: a RetinaNet is trained.')
         print(f'Data: {data.note}. Classes: {", ".join(data.classes)}.', flush=True)
         fill_in(cfg, data, run_dir)
         report = check_config(cfg, 'train')

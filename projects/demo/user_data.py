@@ -1,31 +1,39 @@
-"""Finds images, annotations and classes in a user's COCO-format folder."""
+"""Finds images, annotations and classes in a user's folder."""
 
 import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, Optional
 
-TRAIN_WORDS = ('train',)
-VAL_WORDS = ('val', 'valid', 'validation', 'test')
+from conversion import ConversionError, convert, part_of
+
+SPLITS = ('train', 'val', 'test')  # what stands in names, be it 'valid' or 'test2017'
 HELD_BACK = 0.2  # part of the images kept for evaluation where no split exists
 MAX_VAL = 300  # evaluating more than this many images would take longer than training
 
 LAYOUTS = """Accepted layouts (any file and folder names where * stands):
   DIR/annotations/*train*.json + *val*.json   and folders with the images
   DIR/train/*.json + DIR/valid/*.json         with the images beside them
-  DIR/*.json                                  one file; a split is made"""
+  DIR/*.json                                  one file; a split is made
+A third split, for testing, is left alone where train and val are there.
+Annotations in VOC's XML or YOLO's text files are converted (by supervision):
+  DIR/Annotations/*.xml + JPEGImages          splits by ImageSets/Main, or made
+  DIR/train/*.xml + valid/*.xml               with the images beside them
+  DIR/labels/train + images/train, ...        with data.yaml or classes.txt
+  DIR/train/labels + train/images, ...        with data.yaml or classes.txt
+Without masks a RetinaNet is trained, with masks a Mask R-CNN."""
 
 
 class DataError(ValueError):
     """The folder given with ``--data`` cannot be used; says what is wrong."""
 
 
-@dataclass(frozen=True)
-class Split:
+class Split(NamedTuple):
     """Absolute paths of one split: its annotation file and its image folder."""
 
     ann_file: Path
-    img_dir: Path
+    img_dir: Optional[Path] = None
 
 
 @dataclass(frozen=True)
@@ -37,21 +45,24 @@ class CocoFolder:
         train (Split): Images to learn from.
         val (Split): Images to evaluate on.
         note (str): How the split came about, for the log.
+        has_masks (bool): Whether the objects have masks, or boxes alone.
     """
 
     classes: tuple[str, ...]
     train: Split
     val: Split
     note: str
+    has_masks: bool = True
 
 
-def find_coco_data(root, split_dir, seed=0):
-    """Detect the layout of a COCO-format folder and check what it holds.
+def find_data(root, split_dir, seed=0):
+    """Detect the layout of a folder and check what it holds.
 
     Args:
-        root (str | Path): The user's folder. Nothing is written there.
-        split_dir (str | Path): Where the two annotation files go if a split
-            has to be made.
+        root (str | Path): The user's folder, in COCO's, VOC's or YOLO's format.
+            Nothing is written there.
+        split_dir (str | Path): Where annotation files go if a split has to be made or
+            another format to be converted.
         seed (int): Chooses the held-back images then. Default: 0.
 
     Returns:
@@ -60,54 +71,100 @@ def find_coco_data(root, split_dir, seed=0):
     Raises:
         DataError: Something is missing or inconsistent; the message names it.
     """
-    root = Path(root).expanduser().resolve()
+    root, split_dir = Path(root).expanduser().resolve(), Path(split_dir)
     if not root.is_dir():
         raise DataError(f'{root} is not a folder.')
-    found = _sort_by_split(root, _annotation_files(root))
-    if 'val' in found and 'train' in found:
-        train, val = (_read(found[split]) for split in ('train', 'val'))
-        classes = _classes(found['train'], train)
+    found, notes = _find_splits(root, split_dir)
+    contents = {name: _read(split.ann_file) for name, split in found.items()}
+    for name, (ann_file, img_dir) in found.items():
+        img_dir = img_dir or _image_folder(root, ann_file, contents[name])
+        found[name] = Split(ann_file, img_dir)
+    if 'val' in found:
+        train, val = contents['train'], contents['val']
+        classes = _classes(found['train'].ann_file, train)
+        has_masks = _has_masks(found['train'].ann_file, train)
         if _category_list(val) != _category_list(train):
             raise DataError(
-                f'{found["val"]} lists other categories (or another order) than '
-                f'{found["train"]}; both must have the same list.'
+                f'{found["val"].ann_file} lists other categories (or another order) '
+                f'than {found["train"].ann_file}; both must have the same list.'
             )
-        splits = [
-            Split(found[split], _image_folder(root, found[split], content))
-            for split, content in (('train', train), ('val', val))
-        ]
-        note = 'train and val as found'
+        if _has_masks(found['val'].ann_file, val) != has_masks:
+            raise DataError(
+                f'one of {found["train"].ann_file} and {found["val"].ann_file} has '
+                'masks and the other boxes alone; both must have the same.'
+            )
+        notes.append('train and val as found')
         if len(val['images']) > MAX_VAL:
-            note += f', {MAX_VAL} of {len(val["images"])} val images drawn'
+            notes.append(f'{MAX_VAL} of {len(val["images"])} val images drawn')
             chosen = _shuffled(val['images'], seed)[:MAX_VAL]
-            ann_file = _write_part(val, chosen, Path(split_dir) / 'val.json')
-            splits[1] = Split(ann_file, splits[1].img_dir)
-        return CocoFolder(classes, *splits, note=note)
-    path = found.get('all') or found.get('train')
-    if path is None:
-        raise DataError(
-            f'{root} has only a validation file ({found["val"]}), none to train on.'
+            ann_file = _write_part(val, chosen, split_dir / 'val_part.json')
+            found['val'] = Split(ann_file, found['val'].img_dir)
+    else:
+        path, img_dir = found['train'].ann_file, found['train'].img_dir
+        classes = _classes(path, contents['train'])
+        has_masks = _has_masks(path, contents['train'])
+        files, counts = _make_split(contents['train'], split_dir, seed)
+        found = {name: Split(file, img_dir) for name, file in zip(SPLITS, files)}
+        notes.append(
+            '{} images to train on, {} held back (split made here)'.format(*counts)
         )
-    content = _read(path)
-    classes = _classes(path, content)
-    img_dir = _image_folder(root, path, content)
-    files, counts = _make_split(content, Path(split_dir), seed)
-    note = '{} images to train on, {} held back (split made here)'.format(*counts)
-    return CocoFolder(classes, *(Split(f, img_dir) for f in files), note=note)
+    note = ', '.join(notes)
+    return CocoFolder(classes, found['train'], found['val'], note, has_masks)
+
+
+def _find_splits(root, split_dir):
+    """The files of ``'train'`` and, if there is one, ``'val'``, and notes on them."""
+    files = _annotation_files(root)
+    if files:
+        found, notes = _sort_by_split(root, files), []
+    else:
+        try:
+            converted, note = convert(root, split_dir, _split_of)
+        except ConversionError as error:
+            raise DataError(str(error)) from error
+        if not converted:
+            _raise_no_annotations(root)
+        found = {name: Split(*paths) for name, paths in converted.items()}
+        notes = [note]
+    if 'test' in found:
+        test = found.pop('test')
+        if 'val' in found:
+            notes.append(f'test ({test.ann_file.name}) left alone')
+        else:
+            found['val'] = test
+    first = found.get('train') or found.get('all')
+    if first is None:
+        raise DataError(
+            f'{root} has only a validation file ({found["val"].ann_file}), none to '
+            'train on.'
+        )
+    if 'all' in found and ('train' in found) != ('val' in found):
+        named = found.get('train') or found.get('val')
+        raise DataError(
+            f'Cannot tell which split {found["all"].ann_file} is beside '
+            f'{named.ann_file}; put "train" and "val" in the names.'
+        )
+    return {'train': first, **({'val': found['val']} if 'val' in found else {})}, notes
 
 
 def _annotation_files(root):
     """JSON files up to two folders deep that look like COCO instances."""
-    candidates = sorted(p for d in ('', '*/', '*/*/') for p in root.glob(f'{d}*.json'))
-    files = [p for p in candidates if p.is_file() and _looks_like_coco(p)]
-    if not files:
-        looked = ', '.join(str(p.relative_to(root)) for p in candidates[:5])
-        raise DataError(
-            f'No COCO annotation file (a JSON with "images", "annotations" and '
-            f'"categories") in {root}; JSON files there: {looked or "none"}.\n{LAYOUTS}'
-        )
+    files = [p for p in _json_files(root) if p.is_file() and _looks_like_coco(p)]
     instances = [p for p in files if 'instances' in p.stem]
     return instances or files
+
+
+def _json_files(root):
+    return sorted(p for d in ('', '*/', '*/*/') for p in root.glob(f'{d}*.json'))
+
+
+def _raise_no_annotations(root):
+    looked = ', '.join(str(p.relative_to(root)) for p in _json_files(root)[:5])
+    raise DataError(
+        'No COCO annotation file (a JSON with "images", "annotations" and '
+        f'"categories") in {root}, nor VOC or YOLO files beside images; JSON files '
+        f'there: {looked or "none"}.\n{LAYOUTS}'
+    )
 
 
 def _looks_like_coco(path):
@@ -119,7 +176,7 @@ def _looks_like_coco(path):
 
 
 def _sort_by_split(root, files):
-    """Map 'train', 'val' or 'all' to the one file for it."""
+    """Map 'train', 'val', 'test' or 'all' to the one file for it."""
     found = {}
     for path in files:
         split = _split_of(path.relative_to(root))
@@ -129,25 +186,19 @@ def _sort_by_split(root, files):
                 f'Leave one of them.\n{LAYOUTS}'
             )
         found[split] = path
-    if 'all' in found and ('train' in found or 'val' in found):
-        named = found.get('train') or found.get('val')
-        if not ('train' in found and 'val' in found):
-            raise DataError(
-                f'Cannot tell which split {found["all"]} is beside {named}; put '
-                f'"train" and "val" in the names.'
-            )
-    return found
+    if 'train' in found and 'val' in found:
+        found.pop('all', None)
+    return {split: Split(path) for split, path in found.items()}
 
 
 def _split_of(path):
     words = [path.stem.lower()] + [p.lower() for p in path.parts[:-1][::-1]]
     for word in words:
-        train = any(w in word for w in TRAIN_WORDS)
-        val = any(w in word for w in VAL_WORDS)
-        if train != val:
-            return 'train' if train else 'val'
-        if train:  # such as trainval.json
+        named = [split for split in SPLITS if split in word]
+        if named == ['train', 'val']:  # such as trainval.json
             return 'all'
+        if named:
+            return named[0]
     return 'all'
 
 
@@ -163,7 +214,7 @@ def _category_list(content):
 
 
 def _classes(path, content):
-    """Class names, after checking that the file has what a Mask R-CNN needs."""
+    """Class names, after checking that the file has what a detector needs."""
     for key in ('images', 'annotations', 'categories'):
         if not content.get(key):
             raise DataError(f'{path} has no (or empty) "{key}".')
@@ -177,10 +228,6 @@ def _classes(path, content):
         missing = {'image_id', 'category_id', 'bbox', 'area'} - set(annotation)
         if missing:
             raise DataError(f'{label} has no {", ".join(sorted(missing))}.')
-        if not annotation.get('segmentation'):
-            raise DataError(
-                f'{label} has no segmentation; a Mask R-CNN needs polygons or RLE.'
-            )
         if annotation['category_id'] not in ids:
             raise DataError(
                 f'{label} has category_id {annotation["category_id"]}, which is not '
@@ -192,6 +239,18 @@ def _classes(path, content):
                 'the images.'
             )
     return tuple(names)
+
+
+def _has_masks(path, content):
+    """Whether all objects have masks; the alternative is that none has."""
+    without = [a for a in content['annotations'] if not a.get('segmentation')]
+    if without and len(without) < len(content['annotations']):
+        raise DataError(
+            f'{path}: annotation {without[0].get("id")} has no segmentation, nor have '
+            f'{len(without) - 1} others of {len(content["annotations"])}. Give all of '
+            'them polygons or RLE for a Mask R-CNN, or none for a RetinaNet.'
+        )
+    return not without
 
 
 def _image_folder(root, ann_file, content):
@@ -242,8 +301,6 @@ def _shuffled(images, seed):
 
 def _write_part(content, images, path):
     """Write ``content`` with only some of its images; returns ``path``."""
-    ids = {image['id'] for image in images}
-    annotations = [a for a in content['annotations'] if a['image_id'] in ids]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dict(content, images=images, annotations=annotations)))
+    path.write_text(json.dumps(part_of(content, images)))
     return path

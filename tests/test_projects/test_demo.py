@@ -42,9 +42,12 @@ def results(work_dir):
     return folder
 
 
-@pytest.mark.parametrize('name', ['fruit', 'custom'])
+@pytest.mark.parametrize(
+    'name',
+    ['mask_rcnn_rest_fruit', 'mask_rcnn_rest_custom', 'retinanet_rest_custom'],
+)
 def test_configs_build(repo, name):
-    cfg = Config.fromfile(repo / 'configs' / 'demo' / f'mask_rcnn_rest_{name}.py')
+    cfg = Config.fromfile(repo / 'configs' / 'demo' / f'{name}.py')
     init_default_scope('mmdet')
     model = MODELS.build(cfg.model)
     assert sum(p.numel() for p in model.parameters()) < 4e6
@@ -71,6 +74,24 @@ def test_short_run_on_own_data(demo, tmp_path):
     results(tmp_path / 'out')
     assert 'train and val as found' in output
     assert before == sorted((p, p.stat().st_mtime_ns) for p in data.rglob('*'))
+
+
+@pytest.mark.slow
+def test_short_run_on_boxes_alone(demo, tmp_path):
+    data = generate(tmp_path / 'mine', 6, 3, 80, workers=1)
+    for path in data.glob('annotations/*.json'):
+        content = json.loads(path.read_text())
+        for annotation in content['annotations']:
+            annotation.update(segmentation=[], iscrowd=0)
+        path.write_text(json.dumps(content))
+    (data / 'generated.json').unlink()
+    options = ['--cfg-options', *SHORT, 'model.test_cfg.score_thr=0']
+    output = demo('--data', data, '--work-dir', 'out', *options)
+    folder = results(tmp_path / 'out')
+    assert 'The objects have boxes and no masks: a RetinaNet is trained.' in output
+    assert (folder / 'retinanet_rest_custom.py').is_file()
+    table = (folder / 'metrics.txt').read_text()
+    assert 'bbox' in table and 'segm' not in table
 
 
 def test_unusable_data_end_in_one_message(demo, tmp_path):
