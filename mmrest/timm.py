@@ -78,7 +78,10 @@ class _Classifier(rest.BaseResT):
 
     def reset_classifier(self, num_classes: int, global_pool: str = 'avg') -> None:
         self.num_classes = num_classes
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)
+        # without pooling, as other libraries ask for, the map stays one
+        self.global_pool = SelectAdaptivePool2d(
+            pool_type=global_pool, flatten=bool(global_pool)
+        )
         self.head: nn.Module = nn.Identity()
         if num_classes:
             self.head = nn.Linear(self.num_features, num_classes)
