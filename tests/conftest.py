@@ -7,7 +7,6 @@ import os
 import random
 import re
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -15,15 +14,13 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from tool_process import command_of, environment_of, free_port
+from tool_runs import call_tool
 
 TESTS = Path(__file__).resolve().parent
 REPO = TESTS.parent
-# so that tests can import weights_rule and the helpers of test_ops
-sys.path[:0] = [str(TESTS), str(TESTS / 'test_ops')]
-
-from tool_process import command_of, environment_of, free_port  # noqa: E402
-from tool_runs import call_tool  # noqa: E402
-
 # the same examples in every run, and no limit of time on a busy machine
 settings.register_profile('mmrest', derandomize=True, deadline=None)
 settings.load_profile('mmrest')
@@ -46,6 +43,18 @@ def repo() -> Path:
 def data_dir() -> Path:
     """The golden arrays and key lists."""
     return TESTS / 'data'
+
+
+@pytest.fixture
+def read(repo):
+    """Read a config of this repository, and set its scope: read('folder/name.py')."""
+
+    def read_config(name):
+        cfg = Config.fromfile(str(repo / 'configs' / name))
+        init_default_scope(cfg.default_scope)
+        return cfg
+
+    return read_config
 
 
 @pytest.fixture(scope='session')
@@ -77,11 +86,11 @@ def free_ports():
 def run(repo):
     """Run a tool as a process; the output of both streams comes back."""
 
-    def run_tool(tool, *args, cwd, fails=False):
+    def run_tool(tool, *args, cwd, fails=False, env=()):
         done = subprocess.run(
             command_of(repo, tool, args),
             cwd=cwd,
-            env=environment_of(repo),
+            env={**environment_of(repo), **dict(env)},
             capture_output=True,
             text=True,
             timeout=600,

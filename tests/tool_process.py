@@ -3,6 +3,9 @@
 import os
 import socket
 import sys
+from pathlib import Path
+
+SITE = Path(__file__).parent / 'process_site'
 
 
 def free_port():
@@ -23,7 +26,7 @@ def environment_of(repo):
     return dict(
         os.environ,
         PYTHON=sys.executable,
-        PYTHONPATH=str(repo),
+        PYTHONPATH=f'{repo}{os.pathsep}{SITE}',
         OMP_NUM_THREADS='1',
         CUDA_VISIBLE_DEVICES='',
         PORT=free_port(),  # two test runs may share the machine

@@ -15,6 +15,7 @@ from typing import Callable, Optional, Union
 
 from mmengine.dist import all_gather_object, is_main_process
 
+from ..utils.disk import free_space
 from .reading import CheckpointError
 
 PathLike = Union[str, os.PathLike]
@@ -185,23 +186,19 @@ def _described(path: PathLike) -> Iterator[None]:
 def _describe(path: PathLike, error: Exception) -> str:
     code = getattr(error, 'errno', None)
     reason = os.strerror(code) if code else str(error)
-    folder = os.path.dirname(os.path.abspath(path))
-    try:
-        space = f'{shutil.disk_usage(folder).free:,} bytes are free in {folder}'
-    except OSError as usage_error:
-        space = f'{folder} cannot be looked at ({usage_error.strerror})'
+    space = free_space(os.path.dirname(os.path.abspath(path)))
     if code in (errno.EROFS, errno.EACCES, errno.EPERM):
         advice = 'Make the folder writable, or choose another with --work-dir'
     else:
         if code == errno.EDQUOT:
-            space += ', but your quota is used up'
+            space += ' Your quota is used up.'
         advice = (
             'Free space, or keep fewer checkpoints '
             '(default_hooks.checkpoint.max_keep_ckpts), or put them elsewhere '
             '(default_hooks.checkpoint.out_dir)'
         )
     return (
-        f'{path} could not be written: {reason}. {space}. Earlier checkpoints are '
+        f'{path} could not be written: {reason}. {space} Earlier checkpoints are '
         f'whole, and nothing of this one is left. {advice}; then continue with '
         '--resume.'
     )

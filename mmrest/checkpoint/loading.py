@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional, Union
@@ -177,6 +178,7 @@ def load_pretrained(
             'another `arch` or to another model.'
         )
     missing = [name for name in target if name not in fitting]
+    casts = (str(x.dtype) for n, x in fitting.items() if x.dtype != target[n].dtype)
     report = LoadReport(
         source=str(source),
         wrapper=found.wrapper,
@@ -190,7 +192,7 @@ def load_pretrained(
             for name in missing
             if is_counter(name) and not matches(name, allow_missing)
         ),
-        cast=_count_casts(fitting, target),
+        cast=dict(Counter(casts)),
         adapted=adapted,
     )
     module.load_state_dict(converted, strict=False)
@@ -337,17 +339,6 @@ def _nature(tensor: Tensor) -> str:
     if tensor.is_complex():
         return 'complex'
     return 'floating-point' if tensor.is_floating_point() else 'integer'
-
-
-def _count_casts(
-    fitting: dict[str, Tensor], target: dict[str, Tensor]
-) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for name, tensor in fitting.items():
-        if tensor.dtype != target[name].dtype:
-            dtype = str(tensor.dtype)
-            counts[dtype] = counts.get(dtype, 0) + 1
-    return counts
 
 
 def _modules(names: Sequence[str]) -> str:

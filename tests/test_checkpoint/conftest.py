@@ -2,8 +2,6 @@
 
 import os
 import shlex
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +10,6 @@ from mmengine.runner import checkpoint as mmengine_checkpoint
 
 from mmrest.checkpoint import force_safe_loading
 from mmrest.checkpoint.safe_globals import FORCE_SAFE, FORCE_UNSAFE
-
-# the tests here share toy_run.py
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 class Payload:

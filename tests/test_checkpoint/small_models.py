@@ -1,12 +1,8 @@
 """The smallest ResT, and a classifier around it."""
 
-TINY = dict(
-    embed_dims=[8, 16, 24, 32],
-    num_heads=[1, 2, 3, 4],
-    depths=[1, 1, 2, 1],
-    sr_ratios=[8, 4, 2, 1],
-    mlp_ratios=2,
-)
+import rest_variants
+
+TINY = dict(rest_variants.TINY, depths=[1, 1, 2, 1])
 
 
 def classifier(num_classes=5, arch=TINY, **options):

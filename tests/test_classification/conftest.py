@@ -1,18 +1,10 @@
 """Class folders, a config for them as a user writes one, and published files."""
 
-import functools
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from weights_rule import fill
-
-sys.path.insert(0, str(Path(__file__).parents[1] / 'test_tools'))  # tool_runs.py
-
-from tool_runs import call_tool  # noqa: E402
 
 CLASSES = ('blue', 'green', 'grey', 'red', 'striped', 'white')
 
@@ -50,12 +42,6 @@ test_dataloader = val_dataloader
 train_cfg = dict(max_epochs=1)
 default_hooks = dict(logger=dict(interval=1))
 """
-
-
-@pytest.fixture(scope='session')
-def call(repo):
-    """Run a tool within this process; the output of both streams comes back."""
-    return functools.partial(call_tool, repo)
 
 
 def picture(name, rng):

@@ -5,11 +5,11 @@ import copy
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
 from mmengine.fileio import load as load_file
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
+from rest_variants import TINY
 from weights_rule import image
 
 from mmrest import ResT
@@ -28,13 +28,6 @@ PUBLISHED = {
     'base': (30_327_052, 0.2),
     'large': (51_676_156, 0.3),
 }
-SMALL = dict(
-    embed_dims=[8, 16, 24, 32],
-    num_heads=[1, 2, 3, 4],
-    depths=[1, 1, 1, 1],
-    sr_ratios=[8, 4, 2, 1],
-    mlp_ratios=2,
-)
 # as the table of docs/ablation.md has it
 ABLATION = {
     'lite_published': {},
@@ -49,17 +42,6 @@ ABLATION = {
     'lite_reduction_avg': dict(attn_cfg=dict(type='emsa', reduction='avg')),
     'lite_reduction_max': dict(attn_cfg=dict(type='emsa', reduction='max')),
 }
-
-
-@pytest.fixture
-def read(repo):
-    def read_config(name):
-        cfg = Config.fromfile(str(repo / 'configs' / name))
-        assert cfg.default_scope == 'mmpretrain'
-        init_default_scope(cfg.default_scope)
-        return cfg
-
-    return read_config
 
 
 def load(model, path):
@@ -146,8 +128,8 @@ def test_an_ablation_trains_and_refuses_published_weights(read, name, tmp_path):
     cfg = read(f'ablation/{name}.py')
     cfg.model.head.in_channels = 32
     # a dropped path has no gradient
-    cfg.model.backbone.update(arch=SMALL, drop_path_rate=0.0)
-    published = ResT(arch=SMALL, out_indices=(3,)).state_dict()
+    cfg.model.backbone.update(arch=TINY, drop_path_rate=0.0)
+    published = ResT(arch=TINY, out_indices=(3,)).state_dict()
     head = {'head.weight': torch.ones(1000, 32), 'head.bias': torch.ones(1000)}
     torch.save(dict(model={**published, **head}), tmp_path / 'published.pth')
     model = MODELS.build(cfg.model)

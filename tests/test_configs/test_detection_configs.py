@@ -2,13 +2,10 @@
 
 import re
 
-import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, init_default_scope
-from mmengine.structures import InstanceData
+from mmengine.registry import MODELS
 
 REPO_CONFIGS = ('mask_rcnn', 'retinanet')
 ARCHES = ('lite', 'small', 'base', 'large')
@@ -27,35 +24,9 @@ PUBLISHED_COUNTS = {
 }
 
 
-@pytest.fixture
-def read(repo):
-    def read_config(name):
-        cfg = Config.fromfile(str(repo / 'configs' / name))
-        init_default_scope(cfg.default_scope)
-        return cfg
-
-    return read_config
-
-
 def build(cfg):
     cfg.model.backbone.init_cfg = None
     return MODELS.build(cfg.model)
-
-
-def training_batch(masks):
-    """One image of 96x64 pixels with two objects."""
-    from mmdet.structures import DetDataSample
-    from mmdet.structures.mask import PolygonMasks
-
-    boxes = torch.tensor([[4.0, 4.0, 60.0, 50.0], [50.0, 20.0, 90.0, 60.0]])
-    objects = InstanceData(bboxes=boxes, labels=torch.tensor([0, 5]))
-    if masks:
-        corners = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].double().numpy()
-        objects.masks = PolygonMasks([[corner] for corner in corners], 64, 96)
-    shape = dict(img_shape=(64, 96), ori_shape=(64, 96), scale_factor=(1.0, 1.0))
-    sample = DetDataSample(metainfo=shape, gt_instances=objects)
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 64, 96), dtype=np.uint8)
-    return dict(inputs=[torch.from_numpy(pixels)], data_samples=[sample])
 
 
 def test_the_list_is_complete(repo):
@@ -81,7 +52,7 @@ def test_parameter_count_is_the_published_one(read, name):
         if '1x' in name
     ],
 )
-def test_one_training_step_reaches_every_parameter(read, name):
+def test_one_training_step_reaches_every_parameter(read, training_batch, name):
     cfg = read(name)
     cfg.model.backbone.drop_path_rate = 0.0  # a dropped path has no gradient
     masks = cfg.model.type == 'MaskRCNN'

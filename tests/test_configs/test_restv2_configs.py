@@ -4,8 +4,9 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
+from rest_variants import TINY
 
 from mmrest.checkpoint import PublishedClassifierHook, check_load_from, read_checkpoint
 from mmrest.utils.complexity import complexity
@@ -26,25 +27,8 @@ CLASSIFICATION = [
     for arch in (*SIZES, 'large')
     for recipe in ('8xb256', '8xb64_384')
 ]
-SMALL = dict(
-    embed_dims=[8, 16, 24, 32],
-    num_heads=[1, 2, 3, 4],
-    depths=[1, 1, 1, 1],
-    sr_ratios=[8, 4, 2, 1],
-    mlp_ratios=2,
-)
 # as published: 10^9 multiply-accumulates
 CLASSIFIER_FLOPS = dict(tiny=4.1, small=6.0, base=7.9, large=13.8)
-
-
-@pytest.fixture
-def read(repo):
-    def read_config(name):
-        cfg = Config.fromfile(str(repo / 'configs' / name))
-        init_default_scope(cfg.default_scope)
-        return cfg
-
-    return read_config
 
 
 def pipeline(cfg):
@@ -135,30 +119,18 @@ def test_training_images_are_cropped_and_keep_their_boxes(read, kind, tmp_path):
 
 
 @pytest.mark.parametrize('name', [n for n in DETECTION if 'tiny' in n and '1x' in n])
-def test_a_detector_trains(read, name):
-    from mmdet.structures import DetDataSample
-    from mmdet.structures.mask import PolygonMasks
-    from mmengine.structures import InstanceData
-
+def test_a_detector_trains(read, training_batch, name):
     cfg = read(name)
-    cfg.model.backbone.update(arch=SMALL, init_cfg=None, drop_path_rate=0.0)
-    cfg.model.neck.in_channels = [8, 16, 24, 32][-len(cfg.model.neck.in_channels) :]
+    cfg.model.backbone.update(arch=TINY, init_cfg=None, drop_path_rate=0.0)
+    cfg.model.neck.in_channels = TINY['embed_dims'][-len(cfg.model.neck.in_channels) :]
     cfg.optim_wrapper.type = 'OptimWrapper'  # float16 needs a GPU
     masks = cfg.model.type == 'MaskRCNN'
     if masks:
         cfg.model.train_cfg.rpn_proposal.update(nms_pre=50, max_per_img=20)
         cfg.model.train_cfg.rcnn.sampler.num = 16
     model = MODELS.build(cfg.model).train()
-    boxes = torch.tensor([[4.0, 4.0, 60.0, 50.0]])
-    objects = InstanceData(bboxes=boxes, labels=torch.tensor([5]))
-    if masks:
-        corners = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].double().numpy()
-        objects.masks = PolygonMasks([[corner] for corner in corners], 64, 96)
-    shape = dict(img_shape=(64, 96), ori_shape=(64, 96), scale_factor=(1.0, 1.0))
-    sample = DetDataSample(metainfo=shape, gt_instances=objects)
-    pixels = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
-    losses = model.train_step(dict(inputs=[pixels], data_samples=[sample]), optimizer)
+    losses = model.train_step(training_batch(masks), optimizer)
     assert losses['loss'].isfinite()
     state = optimizer.optimizer.state
     assert not [key for key, p in model.named_parameters() if p not in state]
@@ -238,8 +210,8 @@ def test_a_classifier_reads_a_published_file_and_trains(read, tmp_path):
 
     cfg = read('imagenet/restv2_tiny_8xb64_384_in1k.py')
     cfg.model.head.in_channels = 32
-    cfg.model.backbone.update(arch=SMALL, drop_path_rate=0.0)
-    source = ResTV2(SMALL, out_indices=(3,), out_norm='final').state_dict()
+    cfg.model.backbone.update(arch=TINY, drop_path_rate=0.0)
+    source = ResTV2(TINY, out_indices=(3,), out_norm='final').state_dict()
     head = {'head.weight': torch.ones(1000, 32), 'head.bias': torch.ones(1000)}
     path = tmp_path / 'published.pth'
     torch.save(dict(model={**source, **head}), path)

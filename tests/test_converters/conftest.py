@@ -1,26 +1,12 @@
 """Checkpoints in the published form, and the models they become."""
 
-import functools
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config
+from published_form import empty
 from weights_rule import fill
-
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / 'test_tools')]  # published_form, tool_runs
-
-from published_form import empty  # noqa: E402
-from tool_runs import call_tool  # noqa: E402
-
-
-@pytest.fixture(scope='session')
-def call(repo):
-    """Run a tool within this process; the output of both streams comes back."""
-    return functools.partial(call_tool, repo)
 
 
 @pytest.fixture(scope='session')

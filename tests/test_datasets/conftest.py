@@ -1,17 +1,14 @@
 """A small data set in COCO format and its config, which a test may damage."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from dirty_files import encode, rgb
+from dirty_sandbox import Sandbox
 from mmengine.registry import init_default_scope
 
 from mmrest.datasets.preflight import PreflightError, check_config
-
-sys.path.insert(0, str(Path(__file__).parents[1] / 'test_dirty_data'))
-from dirty_files import encode, rgb  # noqa: E402
-from dirty_sandbox import Sandbox  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

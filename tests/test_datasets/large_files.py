@@ -1,6 +1,7 @@
 """Write a data set as large as COCO's train2017 and time the check of it.
 
-``python tests/test_datasets/large_files.py FOLDER`` prints seconds and gigabytes.
+``python tests/test_datasets/large_files.py FOLDER [SHARE]`` prints seconds and
+gigabytes; SHARE is a part of that size.
 """
 
 import json
@@ -13,7 +14,8 @@ from pathlib import Path
 from mmengine.config import Config
 from PIL import Image
 
-IMAGES, OBJECTS, CLASSES = 118_000, 860_000, 80
+SHARE = float(sys.argv[2]) if len(sys.argv) > 2 else 1
+IMAGES, OBJECTS, CLASSES = int(118_000 * SHARE), int(860_000 * SHARE), 80
 NAMES = tuple(f'class {n}' for n in range(CLASSES))
 
 

@@ -1,13 +1,8 @@
 """A data set that a test may spoil, and datasets built from it."""
 
-import sys
-from pathlib import Path
-
 import pytest
+from dirty_sandbox import Sandbox
 from mmengine.registry import DATASETS, init_default_scope
-
-sys.path.insert(0, str(Path(__file__).parent))  # dirty_files.py
-from dirty_sandbox import Sandbox  # noqa: E402
 
 
 @pytest.fixture

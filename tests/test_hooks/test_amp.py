@@ -9,7 +9,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData
-from toy_runs import ARCH
+from rest_variants import TINY
 
 from mmrest import ResT
 
@@ -23,8 +23,8 @@ def retinanet(repo):
 
     register_all_modules(init_default_scope=False)
     cfg = Config.fromfile(repo / 'configs/retinanet/rest_lite_fpn_1x.py').model
-    cfg.backbone.update(arch=ARCH, init_cfg=None)
-    cfg.neck.update(in_channels=ARCH['embed_dims'][1:], out_channels=16)
+    cfg.backbone.update(arch=TINY, init_cfg=None)
+    cfg.neck.update(in_channels=TINY['embed_dims'][1:], out_channels=16)
     cfg.bbox_head.update(in_channels=16, feat_channels=16, num_classes=2)
     cfg.bbox_head.stacked_convs = 1
     with DefaultScope.overwrite_default_scope('mmdet'):
@@ -89,7 +89,7 @@ def test_learns_as_in_float32(repo, in_float32, dtype):
 def test_overflow_skips_the_step():
     """A loss scale that float16 cannot hold: no step, then steps, and never a NaN."""
     torch.manual_seed(0)
-    model = ResT(ARCH)
+    model = ResT(TINY)
     model.init_weights()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     scaler = torch.amp.GradScaler('cpu', init_scale=2.0**32, backoff_factor=2.0**-6)

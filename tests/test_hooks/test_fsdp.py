@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from mmengine.registry import MODEL_WRAPPERS
+from rest_variants import TINY
 from torch.distributed.fsdp import FullyShardedDataParallel
 from toy_runs import (
-    ARCH,
     Images,
     QuietFlexibleRunner,
     Regressor,
@@ -25,7 +25,7 @@ from mmrest.strategies import BlockFSDPStrategy, rest_block_wrap_policy
 
 
 def test_policy_asks_for_blocks_alone():
-    model = Regressor(arch=dict(ARCH, depths=[2, 1, 1, 1]))
+    model = Regressor(arch=dict(TINY, depths=[2, 1, 1, 1]))
     chosen = [
         name
         for name, module in model.named_modules()

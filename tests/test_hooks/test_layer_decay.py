@@ -1,6 +1,7 @@
 """Parameter groups: no decay on norms, biases per option, a rate for each layer."""
 
 import pytest
+import rest_variants
 from mmengine.config import Config, ConfigDict
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
@@ -9,12 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmrest import ResT, ResTV2
 
-TINY = dict(
-    embed_dims=[8, 16, 24, 32],
-    num_heads=[1, 2, 3, 4],
-    depths=[1, 2, 1, 1],
-    sr_ratios=[8, 4, 2, 1],
-)
+TINY = dict(rest_variants.TINY, depths=[1, 2, 1, 1])
 LR, DECAY, RATE = 0.1, 0.05, 0.5
 
 

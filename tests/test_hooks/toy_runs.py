@@ -17,6 +17,7 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.runner import FlexibleRunner, Runner
 from mmengine.structures import BaseDataElement
+from rest_variants import TINY
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -25,12 +26,6 @@ from mmrest.checkpoint import find_latest
 
 FORK = multiprocessing.get_context('fork')
 RUNS = itertools.count()
-ARCH = dict(
-    embed_dims=[8, 16, 24, 32],
-    num_heads=[1, 2, 3, 4],
-    depths=[1, 1, 1, 1],
-    sr_ratios=[8, 4, 2, 1],
-)
 
 
 class Toy(BaseModel):
@@ -59,8 +54,8 @@ class Regressor(Toy):
     def __init__(self, **backbone):
         super().__init__()
         del self.norm, self.body
-        self.backbone = ResT(**{'arch': ARCH, 'norm_eval': True, **backbone})
-        self.head = nn.Linear(ARCH['embed_dims'][-1], 1)
+        self.backbone = ResT(**{'arch': TINY, 'norm_eval': True, **backbone})
+        self.head = nn.Linear(TINY['embed_dims'][-1], 1)
 
     def features(self, inputs):
         return self.backbone(inputs)[-1]

@@ -18,14 +18,8 @@ from mmrest import ResT, ResTV2
 from mmrest.launch import end_process_group
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # rest_variants
-from rest_variants import OTHERS, VARIANTS  # noqa: E402
+from rest_variants import OTHERS, TINY, VARIANTS  # noqa: E402
 
-ARCH = dict(
-    embed_dims=[8, 16, 24, 32],
-    num_heads=[1, 2, 3, 4],
-    depths=[1, 1, 1, 1],
-    sr_ratios=[8, 4, 2, 1],
-)
 BATCH = 4
 # BatchNorm sees the images of its own process alone, and SyncBatchNorm needs GPUs: so
 # statistics that stay as they are, or norms of each image
@@ -34,7 +28,7 @@ NORMS = (dict(norm_eval=True), dict(norm_cfg=dict(type='GN', num_groups=2)))
 
 def build(kind: type, **kwargs) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = kind(ARCH, **kwargs)
+    model = kind(TINY, **kwargs)
     model.init_weights()
     for name, buffer in model.named_buffers():
         if name.endswith(('running_mean', 'running_var')):

@@ -1,19 +1,14 @@
 """Checkpoints for ResTV2: published forms, other generations, half a file."""
 
 import pytest
+import rest_variants
 import torch
 from weights_rule import fill
 
 from mmrest import ResT, ResTV2
 from mmrest.checkpoint import CheckpointError, check_load_from
 
-TINY = dict(
-    embed_dims=[8, 16, 24, 32],
-    num_heads=[1, 2, 3, 4],
-    depths=[1, 2, 1, 1],
-    sr_ratios=[8, 4, 2, 1],
-    mlp_ratios=2,
-)
+TINY = dict(rest_variants.TINY, depths=[1, 2, 1, 1])
 MARKS = {'ResT': ResT, 'ResTV2': ResTV2}
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
 ARCHES = ('lite', 'small', 'base', 'large')
@@ -18,16 +18,6 @@ NAMES = [
 SMALLEST = [name for name in NAMES if 'lite' in name]
 # The backbone's published four outputs, see tests/data/parameter_counts.json.
 BACKBONES = dict(lite=9_996_196, small=13_167_604, base=29_559_396, large=50_908_500)
-
-
-@pytest.fixture
-def read(repo):
-    def read_config(name):
-        cfg = Config.fromfile(str(repo / 'configs' / name))
-        init_default_scope(cfg.default_scope)
-        return cfg
-
-    return read_config
 
 
 def build(cfg):

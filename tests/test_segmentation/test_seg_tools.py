@@ -5,12 +5,9 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
+from tool_runs import iterations
 
 from mmrest.checkpoint import read_checkpoint
-
-
-def iterations(output):
-    return [int(n) for n in re.findall(r'Iter\(train\) *\[ *(\d+)/', output)]
 
 
 @pytest.fixture(scope='module')

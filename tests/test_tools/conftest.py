@@ -83,6 +83,70 @@ train_cfg = dict(max_iters=4, val_interval=4)
 default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=2))
 """
 
+# Without masks. The repository's own augmentation enlarges to 1600 pixels.
+RETINA = """
+_base_ = 'mmrest::retinanet/rest_lite_fpn_1x.py'
+
+shapes = dict(
+    data_root={root!r},
+    data_prefix=dict(img='images'),
+    metainfo=dict(classes=('box', 'diamond')),
+)
+load = dict(type='LoadImageFromFile')
+resize = dict(type='Resize', scale=(120, 80), keep_ratio=True)
+annotations = dict(type='LoadAnnotations', with_bbox=True)
+keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
+pack = dict(type='PackDetInputs', meta_keys=keys)
+flips = [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)]
+tta_pipeline = [
+    load,
+    dict(
+        type='TestTimeAug',
+        transforms=[
+            [resize],
+            flips,
+            [annotations],
+            [dict(pack, meta_keys=keys + ('flip', 'flip_direction'))],
+        ],
+    ),
+]
+model = dict(
+    backbone=dict(
+        arch=dict(
+            _delete_=True,
+            embed_dims=[8, 16, 32, 64],
+            num_heads=[1, 2, 4, 8],
+            depths=[1, 1, 1, 1],
+            sr_ratios=[8, 4, 2, 1],
+        ),
+        init_cfg=None,
+    ),
+    neck=dict(in_channels=[16, 32, 64], out_channels=16),
+    bbox_head=dict(num_classes=2, in_channels=16, feat_channels=16, stacked_convs=1),
+    test_cfg=dict(score_thr=0, max_per_img=10),
+)
+loader = dict(num_workers=0, persistent_workers=False)
+train_dataloader = dict(
+    dataset=dict(
+        ann_file='train.json',
+        pipeline=[load, annotations, dict(type='PackDetInputs')],
+        **shapes,
+    ),
+    **loader,
+)
+val_dataloader = dict(
+    dataset=dict(
+        ann_file='val.json', pipeline=[load, resize, annotations, pack], **shapes
+    ),
+    **loader,
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file={root!r} + '/val.json')
+test_evaluator = val_evaluator
+train_cfg = dict(max_iters=2, val_interval=2)
+default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=2))
+"""
+
 
 def write_dataset(root: Path, train: int = 6, val: int = 5) -> None:
     """Boxes and diamonds on grey, 96x64 pixels, in COCO format.
@@ -139,6 +203,14 @@ def config(tmp_path_factory) -> Path:
     write_dataset(folder / 'shapes')
     path = folder / 'shapes.py'
     path.write_text(CONFIG.format(root=str(folder / 'shapes')))
+    return path
+
+
+@pytest.fixture(scope='session')
+def retina(config) -> Path:
+    """Another config for the same data, of a detector without masks."""
+    path = config.parent / 'retina.py'
+    path.write_text(RETINA.format(root=str(config.parent / 'shapes')))
     return path
 
 

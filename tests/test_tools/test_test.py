@@ -77,60 +77,19 @@ def test_two_processes_give_exactly_the_results_of_one(
         assert second == first
 
 
-def test_tta_and_pickle(call, config, tmp_path):
-    # The config's own augmentation enlarges to 1600 pixels; flips do for a test.
-    path = tmp_path / 'retina.py'
-    path.write_text(f"""
-_base_ = 'mmrest::retinanet/rest_lite_fpn_1x.py'
-shapes = dict(
-    data_root={str(config.parent / 'shapes')!r},
-    ann_file='val.json',
-    data_prefix=dict(img='images'),
-    metainfo=dict(classes=('box', 'diamond')),
-)
-model = dict(
-    backbone=dict(
-        arch=dict(
-            _delete_=True,
-            embed_dims=[8, 16, 32, 64],
-            num_heads=[1, 2, 4, 8],
-            depths=[1, 1, 1, 1],
-            sr_ratios=[8, 4, 2, 1],
-        )
-    ),
-    neck=dict(in_channels=[16, 32, 64], out_channels=16),
-    bbox_head=dict(
-        num_classes=2, in_channels=16, feat_channels=16, stacked_convs=1
-    ),
-    test_cfg=dict(score_thr=0),
-)
-test_dataloader = dict(num_workers=0, persistent_workers=False, dataset=shapes)
-test_evaluator = dict(ann_file={str(config.parent / 'shapes' / 'val.json')!r})
-tta_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(
-        type='TestTimeAug',
-        transforms=[
-            [dict(type='Resize', scale=(120, 80), keep_ratio=True)],
-            [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)],
-            [dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape',
-             'img_shape', 'scale_factor', 'flip', 'flip_direction'))],
-        ],
-    ),
-]
-""")
-    cfg = Config.fromfile(path)
+def test_tta_and_pickle(call, retina, tmp_path):
+    cfg = Config.fromfile(retina)
     init_default_scope(cfg.default_scope)
     weights = MODELS.build(cfg.model).state_dict()
     torch.save(dict(state_dict=weights), tmp_path / 'retina.pth')
 
     results = tmp_path / 'results.pkl'
-    options = [path, tmp_path / 'retina.pth', '--tta', '--out', results]
+    options = [retina, tmp_path / 'retina.pth', '--tta', '--out', results]
     output = call('test.py', *options, cwd=tmp_path)
     assert 'coco/bbox_mAP: ' in output
     results = pickle.loads(results.read_bytes())
     assert len(results) == 5
-    assert results[0]['pred_instances']['bboxes'].shape == (100, 4)
+    assert len(results[0]['pred_instances']['bboxes']) >= 10
 
 
 def test_tta_with_masks_is_refused(call, config, checkpoint, tmp_path):

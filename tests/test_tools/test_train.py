@@ -25,9 +25,12 @@ def test_trains_saves_and_evaluates_from_another_folder(trained):
     assert list(folder.glob('*/vis_data/scalars.json'))
 
 
-def test_as_a_process(run, config, tmp_path):
+def test_as_a_process(run, repo, config, tmp_path):
+    """Also with the text of the config laid out, which costs the other runs time."""
     options = ['--cfg-options', 'train_cfg.max_iters=1', *NO_VAL]
-    output = run('train.py', config, *options, cwd=tmp_path)
+    env = dict(PYTHONPATH=str(repo))
+    output = run('train.py', config, *options, cwd=tmp_path, env=env)
+    assert '\n    backbone=dict(\n' in output
     assert iterations(output) == [1]
 
 

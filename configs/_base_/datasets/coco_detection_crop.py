@@ -2,37 +2,21 @@
 # one of ten sizes.
 _base_ = './coco_detection.py'
 
-train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='CheckImageSize'),
-    dict(type='LoadAnnotations', with_bbox=True),
+train_pipeline = _base_.train_pipeline
+train_pipeline[3].scales = [
+    (1333, side) for side in (480, 512, 534, 576, 640, 672, 704, 736, 768, 800)
+]
+train_pipeline[3:3] = [
     dict(
         type='RandomCrop',
         crop_type='relative',
         crop_size=(0.9, 0.9),
         allow_negative_crop=True,
-    ),
-    dict(
-        type='RandomChoiceResize',
-        scales=[
-            (1333, 480),
-            (1333, 512),
-            (1333, 534),
-            (1333, 576),
-            (1333, 640),
-            (1333, 672),
-            (1333, 704),
-            (1333, 736),
-            (1333, 768),
-            (1333, 800),
-        ],
-        keep_ratio=True,
-        backend='pillow',
-    ),
-    dict(type='RandomFlip', prob=0.5),
-    # Only what a crop has emptied goes; an image without objects stays.
-    dict(type='FilterAnnotations', min_gt_bbox_wh=(1e-5, 1e-5), keep_empty=False),
-    dict(type='PackDetInputs'),
+    )
+]
+# Only what a crop has emptied goes; an image without objects stays.
+train_pipeline[-1:-1] = [
+    dict(type='FilterAnnotations', min_gt_bbox_wh=(1e-5, 1e-5), keep_empty=False)
 ]
 
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))

@@ -3,8 +3,9 @@
 import errno
 import os
 import os.path as osp
-import shutil
 import tempfile
+
+from ...utils.disk import free_space
 
 # about what the log and the config take before the first checkpoint
 _PROBE_BYTES = 64 * 1024
@@ -43,15 +44,8 @@ def _check(name: str, folder: str) -> list:
     except OSError as error:
         where = folder if existing == folder else f'{folder} (in {existing})'
         return [
-            f'{name}: nothing can be written in {where}: {error.strerror}; '
-            f'{_free(existing)}. Make room or make it writable, or choose another '
+            f'{name}: nothing can be written in {where}: {error.strerror}. '
+            f'{free_space(existing)} Make room or make it writable, or choose another '
             f'folder with {name}.'
         ]
     return []
-
-
-def _free(folder: str) -> str:
-    try:
-        return f'{shutil.disk_usage(folder).free:,} bytes are free'
-    except OSError as error:
-        return f'free space unknown ({error.strerror})'
