@@ -44,6 +44,7 @@ from .utils import (
     freeze,
     match_gradient_strides,
     merge_pretrained,
+    reduce_map,
     resolve_arch,
     to_map,
     to_tokens,
@@ -205,7 +206,7 @@ class EMSA(nn.Module):
         if self.sr_ratio == 1:
             return x
         # B, N, C -> B, C, H, W -> B, C, H / sr, W / sr -> B, M, C
-        return self.sr_norm(to_tokens(self.sr(to_map(x, size))))
+        return self.sr_norm(to_tokens(reduce_map(self.sr, to_map(x, size))))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The output of each head, of shape (B, h, N, d)."""

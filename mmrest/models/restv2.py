@@ -24,6 +24,7 @@ from .utils import (
     check_norm_cfg,
     depthwise_conv,
     match_gradient_strides,
+    reduce_map,
     resolve_arch,
     to_map,
     to_tokens,
@@ -182,7 +183,7 @@ class EMSAv2(nn.Module):
         if self.sr_ratio == 1:
             return x, size
         # B, N, C -> B, C, H, W -> B, C, H / sr, W / sr -> B, M, C
-        x = self.sr(to_map(x, size))
+        x = reduce_map(self.sr, to_map(x, size))
         return self.sr_norm(to_tokens(x)), (x.shape[2], x.shape[3])
 
     def upsample(self, v: Tensor, reduced_size: Size, size: Size) -> Tensor:

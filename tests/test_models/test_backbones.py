@@ -244,6 +244,32 @@ def test_memory_format_of_the_image_does_not_matter(kind, memory_format):
         assert found.is_contiguous()
 
 
+@BOTH
+@pytest.mark.parametrize(
+    'dtype, training, expected',
+    [
+        (torch.float32, True, torch.float32),
+        (torch.float32, False, torch.bfloat16),
+        (torch.float64, True, torch.float64),
+        (torch.bfloat16, True, torch.bfloat16),
+    ],
+)
+def test_reductions_are_trained_in_float32_under_autocast(
+    kind, dtype, training, expected
+):
+    """oneDNN's gradients of strided depthwise convolutions are slow in bfloat16."""
+    model, found = tiny(kind).to(dtype), set()
+    for name, module in model.named_modules():
+        if name.endswith('.sr'):
+            module.register_forward_hook(lambda m, args, out: found.add(out.dtype))
+    with torch.set_grad_enabled(training), torch.autocast('cpu', torch.bfloat16):
+        outs = model(image((2, 3, 64, 64)).to(dtype))
+    assert found == {expected}
+    if training:
+        backward(outs)
+        assert all(p.grad.dtype == dtype for p in model.parameters())
+
+
 def test_conv_and_batch_norm_fuse():
     from mmcv.cnn.utils import fuse_conv_bn
 
