@@ -1,6 +1,7 @@
 # Each target makes the environment first, if it is missing or out of date.
 #
 #   make demo            make demo DATA=/path/to/folder ARCH=restv2
+#   make page            make page CHECKPOINT=epoch_12.pth CONFIG=my_config.py
 #   make test-fast       make test ARGS='-k checkpoint' WORKERS=4
 #   make env STACK=onedl make env ENV=/big/disk/env PYTHON=python3.11
 
@@ -9,6 +10,11 @@ PYTHON ?=
 DATA ?=
 ARCH ?=
 WORK_DIR ?= work_dirs/demo
+CHECKPOINT ?=
+CONFIG ?=
+COMPARE ?=
+COMPARE_CONFIG ?=
+PAGE_PORT ?= 7860
 ARGS ?=
 HOURS ?= 0.1
 WORKERS ?= 2
@@ -24,12 +30,13 @@ PYTEST = OMP_NUM_THREADS=1 '$(BIN)/python' -m pytest -n $(WORKERS) --dist loadfi
 	--no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fast test-oldest lint docs bench soak
+.PHONY: help env demo page test test-fast test-oldest lint docs bench soak
 
 help:
 	@echo 'make env          set up the environment   STACK=openmmlab|onedl ENV=folder PYTHON=python3.11'
 	@echo '                  (TORCH, TORCH_INDEX, MMCV_FIND_LINKS, ...: see tools/make_env.sh)'
 	@echo 'make demo         train, evaluate and draw a ResT detector   DATA=folder (COCO, VOC, YOLO) WORK_DIR=folder ARCH=rest|restv2'
+	@echo 'make page         look at what a model finds, in a browser   CHECKPOINT=file CONFIG=file COMPARE=file PAGE_PORT=7860'
 	@echo 'make test         all tests                WORKERS=processes ARGS=options-of-pytest'
 	@echo 'make test-fast    the tests that are not marked slow'
 	@echo 'make test-oldest  the tests of the backbone with the oldest torch that is promised'
@@ -43,6 +50,14 @@ env:
 
 demo: env
 	'$(BIN)/python' projects/demo/run.py --work-dir '$(WORK_DIR)' $(if $(DATA),--data '$(DATA)') $(if $(ARCH),--arch '$(ARCH)')
+
+page: env
+	'$(BIN)/python' -c 'import gradio' 2>/dev/null || \
+	  '$(BIN)/python' -m pip install -q -r requirements/page.txt -c requirements/tested.txt
+	'$(BIN)/python' projects/page/page.py --port '$(PAGE_PORT)' $(ARGS) \
+	  $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') $(if $(CONFIG),--config '$(CONFIG)') \
+	  $(if $(COMPARE),--compare '$(COMPARE)') \
+	  $(if $(COMPARE_CONFIG),--compare-config '$(COMPARE_CONFIG)')
 
 test: env
 	$(PYTEST) $(ARGS)
