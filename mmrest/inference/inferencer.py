@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.registry import init_default_scope
+from mmengine.registry import DATASETS, init_default_scope
+from torch import nn
 
 from ..checkpoint import CheckpointError, check_load_from, read_checkpoint
 from ..checkpoint.classifier import PublishedClassifierHook
@@ -23,7 +24,7 @@ from ..checkpoint.resume import Latest
 from ..checkpoint.state_dict import as_mmengine_reads
 from ..launch import LaunchError, load_config
 from ..optim.amp import test_with_amp
-from ..utils.config_types import TOOLBOXES, find_toolbox, type_name
+from ..utils.config_types import TOOLBOXES, find_toolbox, find_type, type_name
 
 
 class InferenceError(LaunchError):
@@ -156,10 +157,13 @@ class _Segmentation(Inferencer):
         from mmseg.apis import MMSegInferencer
 
         base = _checked(MMSegInferencer, checkpoint, source)(cfg, device=device)
-        base.visualizer.set_dataset_meta(
-            base.model.dataset_meta.get('classes'),
-            base.model.dataset_meta.get('palette'),
-        )
+        meta = base.model.dataset_meta
+        # mmseg would take the 19 colours of Cityscapes
+        palette = meta.get('palette') or [
+            [37 * n % 256, 97 * n % 256, 173 * n % 256]
+            for n in range(len(meta['classes']))
+        ]
+        base.visualizer.set_dataset_meta(meta['classes'], palette)
         base.visualizer.alpha = 0.6
         return base
 
@@ -194,18 +198,15 @@ class _Classification(Inferencer):
         model = get_model(cfg, device=device)
         _check(model, checkpoint, source)
         _load_checkpoint_to_model(model, checkpoint)
-        meta = _dataset_meta(checkpoint, cfg)
+        meta = _dataset_meta(checkpoint, cfg, model)
         base = ImageClassificationInferencer(
-            model, pretrained=False, classes=meta.get('classes')
+            model, pretrained=False, classes=meta['classes']
         )
         base.visualizer = UniversalVisualizer()
         return base
 
     def _classes(self) -> Sequence[str]:
-        return self.base.classes or [str(n) for n in range(self._num_classes())]
-
-    def _num_classes(self) -> int:
-        return self.model.head.num_classes
+        return self.base.classes
 
     def draw(
         self, image: np.ndarray, sample: Any, score_thr: float = 0.3
@@ -333,20 +334,23 @@ def _check(model: Any, checkpoint: dict, source: Source) -> None:
     check_load_from(model, Latest(str(source), None, -1, state_dict=tensors))
 
 
-def _dataset_meta(checkpoint: dict, cfg: Config) -> dict:
-    """Class names of a checkpoint, or else those of its config."""
+def _dataset_meta(checkpoint: dict, cfg: Config, model: nn.Module) -> dict:
+    """Class names of a checkpoint, or else of its config, or else their numbers."""
     meta = checkpoint.get('meta') or {}
-    if 'dataset_meta' in meta:
-        return {key.lower(): value for key, value in meta['dataset_meta'].items()}
     if 'CLASSES' in meta:
-        return dict(classes=meta['CLASSES'], palette=meta.get('PALETTE'))
-    from mmengine.registry import DATASETS
-
-    dataset = cfg.test_dataloader.dataset
-    with DATASETS.switch_scope_and_registry(find_toolbox(cfg)) as registry:
-        kind = registry.get(dataset.type) if isinstance(dataset.type, str) else None
-    found = getattr(kind or dataset.type, 'METAINFO', None) or {}
-    return {**found, **(dataset.get('metainfo') or {})}
+        meta = dict(dataset_meta=dict(classes=meta['CLASSES']))
+    if 'dataset_meta' in meta:
+        found = {key.lower(): value for key, value in meta['dataset_meta'].items()}
+    else:
+        dataset = cfg.test_dataloader.dataset
+        kind = find_type({'_scope_': find_toolbox(cfg), **dataset}, DATASETS)
+        found = dict(getattr(kind, 'METAINFO', None) or {})
+        found.update(dataset.get('metainfo') or {})
+    if not found.get('classes'):
+        counts = [getattr(module, 'num_classes', 0) for module in model.modules()]
+        count = max(n for n in counts if isinstance(n, int))
+        found['classes'] = tuple(str(n) for n in range(count))
+    return found
 
 
 def _checked(kind: type, checkpoint: dict, source: Source) -> type:
@@ -356,7 +360,7 @@ def _checked(kind: type, checkpoint: dict, source: Source) -> type:
         def _load_weights_to_model(self, model: Any, _: Any, cfg: Any) -> None:
             _check(model, checkpoint, source)
             meta = dict(checkpoint.get('meta') or {})
-            meta['dataset_meta'] = _dataset_meta(checkpoint, cfg)
+            meta['dataset_meta'] = _dataset_meta(checkpoint, cfg, model)
             super()._load_weights_to_model(model, dict(checkpoint, meta=meta), cfg)
 
     return Checked

@@ -164,8 +164,10 @@ def infer(
                     folder.save(item, picture, result, labels)
                 if show and not _show(picture, wait=not inputs.fps):
                     return skipped
-    except KeyboardInterrupt:  # how a camera is ended
-        print('stopped', file=sys.stderr)
+    except KeyboardInterrupt:
+        if not inputs.fps:
+            raise
+        print('stopped', file=sys.stderr)  # how a camera is ended
     finally:
         if folder:
             folder.close()

@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 
 from mmrest.checkpoint import CheckpointError
 from mmrest.inference import InferenceError, OutputFolder, infer, init_inferencer
@@ -137,6 +138,24 @@ def test_classes_of_the_checkpoint_come_before_those_of_the_config(
     assert tuple(inferencer.classes) == ('box', 'diamond')
 
 
+@pytest.mark.parametrize('toolbox', ['mmdet', 'mmseg'])
+def test_numbers_where_nobody_names_the_classes(model_files, toolbox):
+    config, checkpoint = model_files(toolbox)
+    cfg = Config.fromfile(config)
+    del cfg.test_dataloader.dataset['metainfo']
+    base = dict(mmdet='BaseDetDataset', mmseg='BaseSegDataset')[toolbox]
+    cfg.test_dataloader.dataset.type = base
+    saved = torch.load(checkpoint)
+    saved['meta'] = {}
+    torch.save(saved, checkpoint.with_name('nameless.pth'))
+    inferencer = init_inferencer(cfg, checkpoint.with_name('nameless.pth'))
+    assert tuple(inferencer.classes) == ('0', '1')
+    image = np.zeros((64, 96, 3), np.uint8)
+    (sample,) = inferencer.predict([image])
+    assert inferencer.draw(image, sample, 0.0).any()
+    assert inferencer.to_dict(sample)
+
+
 def test_amp(model_files):
     inferencer = init_inferencer(*map(str, model_files('mmdet')), amp='auto')
     seen = []
@@ -147,6 +166,7 @@ def test_amp(model_files):
     assert seen[0] in (torch.bfloat16, torch.float16)
 
 
+@pytest.mark.slow
 def test_an_image_of_20_megapixels(model_files):
     inferencer = init_inferencer(*map(str, model_files('mmdet')))
     (sample,) = inferencer.predict([np.zeros((4000, 5000, 3), np.uint8)])
