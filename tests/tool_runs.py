@@ -33,19 +33,13 @@ def own_process():
     """Undo at the end what a tool changes in its process."""
     from pycocotools.coco import COCO  # not in every environment of the tests
 
-    formatters = [
-        mock.patch(f'{module}.FormatCode', lambda text, **_: (text, False), create=True)
-        for module in ('mmengine.config.config', 'yapf.yapflib.yapf_api')
-    ]
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     loaders = dict(CheckpointLoader._schemes)
     folder, create_index = os.getcwd(), COCO.createIndex
     forget_runs()
     try:
-        # as process_site/sitecustomize.py does
         with mock.patch.dict(os.environ), mock.patch.object(sys, 'argv'):
-            with formatters[0], formatters[1]:
-                yield
+            yield
     finally:
         forget_runs()
         os.chdir(folder)

@@ -124,7 +124,9 @@ def test_unknown_config_names_the_ones_there_are(name, hint):
     assert hint in str(info.value)
 
 
-def test_whole_config_as_one_file(tmp_path, capsys):
+def test_whole_config_as_one_file(tmp_path, capsys, monkeypatch, no_layout):
+    for module in ('mmengine.config.config', 'yapf.yapflib.yapf_api'):
+        monkeypatch.setattr(f'{module}.FormatCode', no_layout, raising=False)
     output = tmp_path / 'my_base.py'
     args = ['mask_rcnn/rest_base_fpn_1x', '--output', str(output)]
     assert main(args) == 0
