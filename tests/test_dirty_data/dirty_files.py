@@ -145,8 +145,8 @@ IGNORED = {
 class Dataset:
     """A data set that is written as a folder; ids are neither dense nor in order."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, ids=(3, 9), names=CLASSES) -> None:
+        self.root, self.categories = root, dict(zip(ids, names))
         self.images, self.annotations = [], []
 
     def add_image(self, name, content, width=WIDTH, height=HEIGHT):
@@ -175,7 +175,7 @@ class Dataset:
 
     def write(self, name):
         (self.root / 'images').mkdir(parents=True, exist_ok=True)
-        categories = [dict(id=3, name='box'), dict(id=9, name='other')]
+        categories = [dict(id=n, name=name) for n, name in self.categories.items()]
         content = dict(
             images=self.images, annotations=self.annotations, categories=categories
         )

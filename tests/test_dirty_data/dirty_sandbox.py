@@ -11,11 +11,8 @@ from pathlib import Path
 from dirty_files import CLASSES, Dataset, encode, rgb
 from mmengine.config import Config
 
-CONFIG = """
-_base_ = 'mmrest::mask_rcnn/rest_lite_fpn_1x.py'
-
-root = {root!r}
-metainfo = dict(classes={classes})
+# a tiny Mask R-CNN for two classes
+MODEL = """\
 model = dict(
     backbone=dict(
         arch=dict(
@@ -39,7 +36,13 @@ model = dict(
     train_cfg=dict(rpn_proposal=dict(max_per_img=20)),
     test_cfg=dict(rpn=dict(max_per_img=20), rcnn=dict(score_thr=0.0, max_per_img=10)),
 )
-data = dict(data_root=root, data_prefix=dict(img='images'), metainfo=metainfo)
+"""
+CONFIG = """
+_base_ = 'mmrest::mask_rcnn/rest_lite_fpn_1x.py'
+
+root = {root!r}
+metainfo = dict(classes={classes})
+{model}data = dict(data_root=root, data_prefix=dict(img='images'), metainfo=metainfo)
 loader = dict(num_workers=0, persistent_workers=False)
 train_dataloader = dict(dataset=dict(**data, ann_file='train.json'), **loader)
 val_dataloader = dict(dataset=dict(**data, ann_file='val.json'), **loader)
@@ -56,7 +59,7 @@ def read_config() -> Config:
     """Read the config, once for all tests; its data lie nowhere."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'dirty.py'
-        path.write_text(CONFIG.format(root='nowhere', classes=CLASSES))
+        path.write_text(CONFIG.format(root='nowhere', classes=CLASSES, model=MODEL))
         cfg = Config.fromfile(path)
     shrink(cfg)
     return cfg

@@ -1,45 +1,21 @@
 """A data set of two shapes, a config for it as a user writes one, and processes."""
 
-import json
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+from dirty_files import Dataset, encode, polygon
+from dirty_sandbox import MODEL
 from PIL import Image
 from tool_runs import Started
-
-CLASSES = ('box', 'diamond')
 
 CONFIG = """
 _base_ = 'mmrest::mask_rcnn/rest_lite_fpn_1x.py'
 
 data_root = {root!r}
 metainfo = dict(classes=('box', 'diamond'))
-model = dict(
-    backbone=dict(
-        arch=dict(
-            _delete_=True,  # a dict takes the place of a name
-            embed_dims=[16, 32, 64, 128],
-            num_heads=[1, 2, 4, 8],
-            depths=[1, 1, 1, 1],
-            sr_ratios=[8, 4, 2, 1],
-            mlp_ratios=2,
-        ),
-        init_cfg=None,
-    ),
-    neck=dict(in_channels=[16, 32, 64, 128], out_channels=32),
-    rpn_head=dict(in_channels=32, feat_channels=32),
-    roi_head=dict(
-        bbox_roi_extractor=dict(out_channels=32),
-        bbox_head=dict(in_channels=32, fc_out_channels=64, num_classes=2),
-        mask_roi_extractor=dict(out_channels=32),
-        mask_head=dict(in_channels=32, conv_out_channels=32, num_classes=2),
-    ),
-    train_cfg=dict(rpn_proposal=dict(max_per_img=20)),
-    test_cfg=dict(rpn=dict(max_per_img=20), rcnn=dict(score_thr=0.0)),
-)
-train_pipeline = [
+{model}train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True, poly2mask=False),
     dict(type='RandomFlip', prob=0.5),
@@ -154,39 +130,28 @@ def write_dataset(root: Path, train: int = 6, val: int = 5) -> None:
     The number of validation images is odd, so that two processes share them
     unevenly.
     """
-    (root / 'images').mkdir(parents=True)
     rng = np.random.default_rng(0)
     for split, count in (('train', train), ('val', val)):
-        images, annotations = [], []
+        part = Dataset(root, (1, 2), ('box', 'diamond'))
         for index in range(count):
-            name = f'{split}_{index}.jpg'
-            pixels = rng.integers(90, 140, (64, 96, 3), dtype=np.uint8)
-            images.append(dict(id=index + 1, file_name=name, width=96, height=64))
+            pixels, objects = rng.integers(90, 140, (64, 96, 3), dtype=np.uint8), []
             for label in range(2):
                 x, y = int(rng.integers(0, 20)) + 48 * label, int(rng.integers(0, 30))
                 side = int(rng.integers(16, 28))
-                if label:
-                    middle = side / 2
-                    polygon = [x + middle, y, x + side, y + middle]
-                    polygon += [x + middle, y + side, x, y + middle]
-                else:
-                    polygon = [x, y, x + side, y, x + side, y + side, x, y + side]
                 pixels[y : y + side, x : x + side] = (200, 40, 40) if label else 20
-                annotations.append(
-                    dict(
-                        id=len(annotations) + 1,
-                        image_id=index + 1,
-                        category_id=label + 1,
-                        bbox=[x, y, side, side],
-                        area=side * side,
-                        segmentation=[polygon],
-                        iscrowd=0,
-                    )
-                )
-            Image.fromarray(pixels).save(root / 'images' / name)
-        categories = [dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)]
-        content = dict(images=images, annotations=annotations, categories=categories)
-        (root / f'{split}.json').write_text(json.dumps(content))
+                objects.append([x, y, side, side])
+            image = encode(Image.fromarray(pixels))
+            key = part.add_image(f'{split}_{index}.jpg', image)
+            for label, box in enumerate(objects, 1):
+                outline = diamond(*box) if label == 2 else polygon(box)
+                fields = dict(area=box[2] * box[3], segmentation=[outline])
+                part.add_object(key, box, category_id=label, **fields)
+        part.write(f'{split}.json')
+
+
+def diamond(x, y, width, height):
+    middle = x + width / 2, y + height / 2
+    return [middle[0], y, x + width, middle[1], middle[0], y + height, x, middle[1]]
 
 
 @pytest.fixture
@@ -202,7 +167,7 @@ def config(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('project')
     write_dataset(folder / 'shapes')
     path = folder / 'shapes.py'
-    path.write_text(CONFIG.format(root=str(folder / 'shapes')))
+    path.write_text(CONFIG.format(root=str(folder / 'shapes'), model=MODEL))
     return path
 
 

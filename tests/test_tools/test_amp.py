@@ -150,7 +150,7 @@ def test_coordinates_and_losses_stay_in_float32(config):
     count = sum(len(m._forward_hooks) for m in model.modules())
     keep_in_float32(model)
     assert sum(len(m._forward_hooks) for m in model.modules()) == count > 0
-    features = [torch.rand(1, 32, 24 // 2**i, 32 // 2**i) for i in range(5)]
+    features = [torch.rand(1, 16, 24 // 2**i, 32 // 2**i) for i in range(5)]
     rois = torch.tensor([[0, 517.3, 200.1, 700.7, 301.9]])
     with autocast(dtype=torch.bfloat16):
         half = [feature.bfloat16() for feature in features]

@@ -101,7 +101,7 @@ def test_checkpoint_that_does_not_fit_is_refused(call, config, checkpoint, tmp_p
     """MMEngine itself would warn and evaluate random weights."""
     saved = read_checkpoint(checkpoint)
     key = 'roi_head.bbox_head.fc_cls.weight'
-    saved['state_dict'][key] = torch.zeros(81, 64)
+    saved['state_dict'][key] = torch.zeros(81, 32)
     other = tmp_path / 'other_classes.pth'
     torch.save(saved, other)
     output = call('test.py', config, other, cwd=tmp_path, fails=True)

@@ -79,7 +79,7 @@ def test_load_from_for_another_number_of_classes(call, config, trained, tmp_path
     folder, _ = trained
     saved = read_checkpoint(folder / 'iter_4.pth')['state_dict']
     other = {k: v for k, v in saved.items() if 'roi_head.bbox_head.fc_cls' not in k}
-    other['roi_head.bbox_head.fc_cls.weight'] = torch.zeros(81, 64)
+    other['roi_head.bbox_head.fc_cls.weight'] = torch.zeros(81, 32)
     torch.save(dict(state_dict=other), tmp_path / 'other.pth')
     options = [f'load_from={tmp_path / "other.pth"}', 'train_cfg.max_iters=1']
     options += ['optim_wrapper.optimizer.lr=0.0', *NO_VAL]
