@@ -21,7 +21,7 @@ if 'mmrest.doctor' not in (_argv or ()) and (_argv or sys.argv[:1] != ['-m']):
         from . import datasets, hooks, optim, strategies
         from .checkpoint import allow_mmengine_checkpoints
         from .models import ResT, ResTV2
-        from .utils.toolboxes import register_in_toolboxes
+        from .utils.toolboxes import list_in_mmpretrain, register_in_toolboxes
     # ImportError: missing; AssertionError: a version gate; ValueError: NumPy's ABI
     except (ImportError, AssertionError, ValueError) as error:
         raise ImportError(
@@ -35,4 +35,5 @@ if 'mmrest.doctor' not in (_argv or ()) and (_argv or sys.argv[:1] != ['-m']):
     allow_mmengine_checkpoints()
     register_in_toolboxes(ResT)
     register_in_toolboxes(ResTV2)
+    list_in_mmpretrain()
     __all__ += ['ResT', 'ResTV2', 'datasets', 'hooks', 'optim', 'strategies']

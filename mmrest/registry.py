@@ -37,7 +37,10 @@ class ToolboxRegistry(Registry):
         toolbox = _toolbox_in_use()
         if toolbox is not None:
             with self.root.switch_scope_and_registry(toolbox) as registry:
-                return registry.get(name)
+                found = registry.get(name)
+            if found is not None:
+                return found
+        # a model of another toolbox than was in use, named to a hub or an inferencer
         return self._get_from_any(name)
 
     def _get_from_any(self, name: str) -> Optional[type]:

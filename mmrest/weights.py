@@ -16,7 +16,6 @@ import hashlib
 import io
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
@@ -164,8 +163,10 @@ def advise(path: Union[str, os.PathLike]) -> str:
         str: A sentence; empty if the name is of no model here.
     """
     name, folder = Path(path).stem, os.path.dirname(path) or '.'
-    if name not in MODELS or Path(path).suffix != '.pth':
+    if Path(path).suffix != '.pth' or name not in (*MODELS, *BAIDU_ONLY):
         return ''
+    if name in BAIDU_ONLY:
+        return f'`python -m mmrest.weights {name}` says where this file is.'
     option = '' if folder == FOLDER else f' --folder {folder}'
     return f'`python -m mmrest.weights {name}{option}` fetches this file.'
 
@@ -187,7 +188,8 @@ def fetch(
     """Put the file of an ImageNet model in place, unless it is there.
 
     It gets its name once it is whole and every name and shape in it fits the model with
-    its classifier. A download that broke off is continued by the next call.
+    its classifier. It holds the tensors alone, under the published names. A download
+    that broke off is continued by the next call.
 
     Args:
         name (str): A key of ``MODELS``.
@@ -218,7 +220,7 @@ def fetch(
             ) from error
         return path
     if start is not None and not is_url(start):
-        _put_in_place(Path(start), check(start, name), path)
+        _put_in_place(check(start, name), path)
         return path
     failures = []
     for source in _sources(name, origin, start):
@@ -249,7 +251,7 @@ def _fetch_from(source: Source, path: Path, name: str) -> None:
         except CheckpointError:
             file.unlink()
             raise
-        _put_in_place(file, tensors, path)
+        _put_in_place(tensors, path)
         file.unlink()
     finally:
         with contextlib.suppress(OSError):  # it is not there, or not empty
@@ -329,17 +331,14 @@ def _reason(error: Exception, file: Path) -> str:
     return f'it answered with something unknown ({type(error).__name__}: {error})'
 
 
-def _put_in_place(file: Path, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copy a ``.pth`` file as it is, and write one of the tensors of another."""
+def _put_in_place(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write the tensors alone, so that MMEngine, timm and others read them too."""
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as beside:
-            if file.suffix == '.pth':
-                shutil.copyfile(file, beside)
-            else:
-                buffer = io.BytesIO()
-                torch.save(tensors, buffer)
-                Path(beside).write_bytes(buffer.getbuffer())
+            Path(beside).write_bytes(buffer.getbuffer())
     except OSError as error:
         raise WeightsError(
             f'{path} could not be written: {error.strerror}. Nothing of it is there.'
@@ -385,17 +384,15 @@ def _classifier(published: Model) -> nn.Module:
 
 
 def _check_bytes(file: Path, source: Source) -> None:
-    size = file.stat().st_size
+    content = file.read_bytes()
+    size, sha256 = len(content), hashlib.sha256(content).hexdigest()
+    print(f'received {size:,} bytes, SHA-256 {sha256}')
     if source.size not in (None, size):
         raise WeightsError(f'the file has {size:,} bytes instead of {source.size:,}')
-    if source.sha256 not in (None, _sha256(file)):
+    if source.sha256 not in (None, sha256):
         raise WeightsError(
-            f'the file has the SHA-256 {_sha256(file)} instead of {source.sha256}'
+            f'the file has the SHA-256 {sha256} instead of {source.sha256}'
         )
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 # ---------------------------------------------------------------- the command line
@@ -425,8 +422,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.error('name a model, or give --list')
     try:
         path = fetch(args.name, args.folder, args.source, args.start)
-        size = path.stat().st_size
-        print(f'{path}: {size:,} bytes, SHA-256 {_sha256(path)}, fits {args.name}')
+        print(f'{path} is there and fits {args.name}')
     except (CheckpointError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
@@ -457,7 +453,9 @@ def _use(name: str) -> str:
     if name.startswith('upernet'):
         config = f'upernet/{name[8:]}_upernet_160k_ade20k_512x512.py'
         return f'python tools/test.py configs/{config} FILE'
-    return f'python tools/model_converters/detectron2_to_mmdet.py FILE {name}.pth'
+    return (
+        f'python tools/model_converters/detectron2_to_mmdet.py FILE {FOLDER}/{name}.pth'
+    )
 
 
 def _by_hand(name: str, folder: Union[str, os.PathLike]) -> str:

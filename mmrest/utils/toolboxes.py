@@ -1,6 +1,8 @@
 """Models of mmrest under the names of the toolboxes, such as ``mmdet.ResT``."""
 
+from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 
 from .config_types import TOOLBOXES
 
@@ -21,3 +23,12 @@ def register_in_toolboxes(model: type) -> None:
             continue
         if model.__name__ not in registry.module_dict:
             registry.register_module(module=model)
+
+
+def list_in_mmpretrain() -> None:
+    """Let ``mmpretrain.list_models`` and ``get_model`` know the ImageNet models."""
+    mim = Path(__file__).parents[1] / '.mim'
+    with suppress(Exception):  # as above, or a wheel without configs
+        hub = import_module('mmpretrain.apis.model').ModelHub
+        metafile = mim / 'configs' / 'imagenet' / 'metafile.yml'
+        hub.register_model_index(metafile, config_prefix=mim)

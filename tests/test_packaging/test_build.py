@@ -17,10 +17,17 @@ STACKS = re.compile(r'^(onedl-)?mm(cv|engine|det|detection|seg\w*|pretrain)\b')
 READ = """
 import mmrest
 from mmengine.config import Config
-from mmengine.hub import get_config
+from mmengine.hub import get_config, get_model
+from pathlib import Path
 cfg = Config.fromfile('project.py')
-print(cfg.model.backbone.type, cfg.model.backbone.arch, cfg.work_dir)
-print(get_config('mmrest::retinanet/rest_lite_fpn_1x.py').model.type)
+found = [cfg.model.backbone.type, cfg.model.backbone.arch, cfg.work_dir]
+found.append(get_config('mmrest::retinanet/rest_lite_fpn_1x.py').model.type)
+found.append(type(get_model('mmrest::imagenet/rest_lite_8xb128_in1k.py')).__name__)
+folder = Path(mmrest.__file__).parent / '.mim' / 'names'
+for file in sorted(folder.glob('*_rest_small_fpn_1x.py')):  # in a wheel
+    found.append(Config.fromfile(file).model.type)
+print()
+print(*found)
 """
 
 
@@ -49,6 +56,9 @@ def test_wheel_carries_the_package_and_its_configs_and_nothing_else(wheel, sourc
     found = {name for name in names(wheel) if '.dist-info/' not in name}
     mim = {'model-index.yml', *files_in(source / 'configs', '.py', '.yml')}
     mim |= files_in(source / 'tools', '.py', '.sh')
+    # MIM finds a config by the name of its file
+    configs = (source / 'configs').glob('[!_]*/*.py')
+    mim |= {f'names/{path.parent.name}_{path.name}' for path in configs}
     package = files_in(source / 'mmrest', '.py')
     package = {name for name in package if not name.startswith('mmrest/.mim/')}
     wanted = package | {'mmrest/py.typed'} | {f'mmrest/.mim/{name}' for name in mim}
@@ -103,7 +113,9 @@ def test_configs_can_be_inherited_wherever_mmrest_is_installed(
     before = set(scratch.site.rglob('*'))
     scratch.pip('install', '--no-deps', '--no-index', str(build(hook)))
     result = scratch.run('-W', 'ignore', '-c', READ, cwd=project)
-    assert result.stdout.split() == ['ResT', 'base', 'mine', 'RetinaNet']
+    named = ['MaskRCNN', 'RetinaNet'] if hook == 'build_wheel' else []
+    printed = ['ResT', 'base', 'mine', 'RetinaNet', 'ImageClassifier', *named]
+    assert result.stdout.splitlines()[-1].split() == printed
 
     # without mmrest in the process: one file with everything
     scratch.run(

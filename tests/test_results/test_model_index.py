@@ -1,11 +1,13 @@
 """Model index, configs, README and counted figures agree."""
 
 import re
+from pathlib import Path
 
 import pytest
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
+from mmrest import weights
 from mmrest.utils.complexity import complexity
 from mmrest.utils.results import read_index, render_table
 
@@ -31,8 +33,9 @@ def index(repo):
 
 @pytest.fixture(scope='module')
 def models(index):
-    """The detectors."""
-    return [m for m in index if not m['Name'].startswith(('imagenet_', 'upernet_'))]
+    """The detectors with published figures."""
+    others = ('imagenet_', 'upernet_')
+    return [m for m in index if 'Results' in m and not m['Name'].startswith(others)]
 
 
 @pytest.mark.parametrize(
@@ -79,6 +82,29 @@ def test_every_model_is_complete(models, repo):
         assert meta['Weights To Check'] == ('converted' if converted else 'retrained')
         assert meta['Tolerance (AP)'] == (0.1 if converted else 1.0)
         assert meta['Iterations'] == Config.fromfile(config).train_cfg.max_iters
+
+
+def test_every_config_has_a_name(index, repo):
+    """By which inferencers, mim and MMPretrain find it and its file."""
+    found = {model['Config']: model['Name'] for model in index}
+    names = {
+        file.relative_to(repo).as_posix(): f'{file.parent.name}_{file.stem}'
+        for folder in ('imagenet', 'mask_rcnn', 'retinanet', 'semantic_fpn', 'upernet')
+        for file in (repo / 'configs' / folder).glob('*.py')
+    }
+    camvid = 'semantic_fpn_rest_camvid'
+    names[f'configs/camvid/{camvid}.py'] = f'camvid_{camvid}'
+    assert found == names
+    for model in index:
+        file = Path(model['Weights'])
+        assert file.parent.name == weights.FOLDER and file.suffix == '.pth'
+        if 'Results' in model and model['Metadata']['Weights To Check'] != 'retrained':
+            assert file.stem in {*weights.MODELS, *weights.BAIDU_ONLY}
+        else:
+            assert file.stem == model['Name']
+    assert {*weights.MODELS, *weights.BAIDU_ONLY} <= {
+        Path(model['Weights']).stem for model in index
+    }
 
 
 def test_every_config_with_published_figures_is_listed(models, repo):
