@@ -1,8 +1,8 @@
 """ResT, the efficient multi-scale vision Transformer, for OpenMMLab.
 
-Importing the package registers its classes with MMEngine, makes ``mmrest::`` known as
-a scope of configs, and lets PyTorch's safe loading read MMEngine's own checkpoints.
-It changes nothing else in the process.
+Importing the package registers its classes with MMEngine and its ImageNet models with
+MMPretrain, makes ``mmrest::`` known as a scope of configs, and lets PyTorch's safe
+loading read MMEngine's own checkpoints. It changes nothing else in the process.
 """
 
 import sys

@@ -426,6 +426,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except (CheckpointError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f'interrupted. {_KEPT}', file=sys.stderr)
+        return 130
     return 0
 
 

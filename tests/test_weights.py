@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import re
+import resource
 import threading
 from urllib.parse import parse_qs, urlsplit
 
@@ -266,6 +267,23 @@ def test_no_network(tmp_path, monkeypatch):
     with pytest.raises(weights.WeightsError) as error:
         weights.fetch('restv2_tiny')
     assert 'the connection to drive.google.com failed' in str(error.value)
+
+
+def test_full_disk_while_downloading(drive, folder):
+    """What was received is kept, and goes on once there is room."""
+    drive.folder = {'rest_lite.pth': FILE_IN_FOLDER}
+    drive.files[FILE_IN_FOLDER] = pth()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    try:
+        with pytest.raises(weights.WeightsError, match='could not be written') as error:
+            weights.fetch('rest_lite', origin='authors')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert 'is kept' in str(error.value) and not (folder / 'rest_lite.pth').exists()
+    weights.fetch('rest_lite', origin='authors')
+    assert_whole(folder / 'rest_lite.pth')
+    assert max(drive.starts) > 0
 
 
 def test_full_disk(drive, folder, monkeypatch, tmp_path):
