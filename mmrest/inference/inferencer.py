@@ -6,6 +6,7 @@ forward pass and the visualizer. The checkpoint is read safely, once, and must f
 model.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Optional, Union
@@ -302,7 +303,7 @@ def check_device(device: str, amp: Optional[str] = None) -> str:
 
 def _for_inference(cfg: Config) -> Config:
     """A copy with a test pipeline that loads images, and nothing beside them."""
-    cfg = Config(cfg._cfg_dict.to_dict(), filename=cfg.filename)
+    cfg = copy.deepcopy(cfg)
     loader = cfg.get('test_dataloader') or cfg.get('val_dataloader')
     if not loader or 'pipeline' not in loader.get('dataset', {}):
         raise InferenceError(

@@ -87,6 +87,10 @@ def test_train_and_test(call, pure, scope, metrics):
     assert len(list(folder.glob('drawn/*/p/*.jpg'))) == 5
     assert (folder / 'results.bbox.json').stat().st_size > 100
     call(*test, 'tta', '--tta', '--out', 'results.pkl', cwd=folder)
+    image = Config.fromfile(path).test_dataloader.dataset.data_root
+    image += '/images/val_0.jpg'
+    call('image_demo.py', image, path, 'run/iter_2.pth', '--out-dir', 'o', cwd=folder)
+    assert (folder / 'o' / 'vis' / 'val_0.jpg').is_file()
     predictions = pickle.loads((folder / 'results.pkl').read_bytes())
     assert len(predictions[0]['pred_instances']['bboxes']) >= 10
     assert 'coco/bbox_mAP' in metrics(folder / 'tta')
