@@ -9,7 +9,7 @@ import numpy as np
 from .attention import PointAttention
 from .outputs import new_folder, write_picture
 
-TILES_A_ROW = 4
+MAX_COLUMNS = 6
 TILE_SIDE = 320  # longer side of a tile, in pixels
 
 
@@ -48,45 +48,54 @@ def draw_stage(found: PointAttention, index: int) -> np.ndarray:
         index (int): The stage, counted from 0.
 
     Returns:
-        ndarray: BGR, uint8. A head's tile is brightest where its attention is highest.
+        ndarray: BGR, uint8. A head's tile is red where the point pays more than its
+        mean attention, and blue where it pays less; the title has the smallest and the
+        largest entry of the map.
     """
     stage = found.stages[index]
     tiles = []
-    for head, row in enumerate(stage.rows, 1):
-        title = f'stage {stage.stage}, head {head}: up to {row.max():.1%}'
-        heat = _spread(row / row.max(), found.view, stage.key_stride)
-        tiles.append(_tile(found, _glow(found.view, heat), title))
+    for head, row in enumerate(stage.normalised(), 1):
+        title = f'stage {stage.stage}, head {head}: {_range(row)}'
+        centred = row - row.mean()
+        heat = centred / max(np.abs(centred).max(), 1e-12)
+        heat = _spread(heat, found, stage.key_stride)
+        tiles.append(_tile(found, _colour(found.view, heat), title))
     maps = [('gates (pixel attention)', stage.gates), ('features', stage.features)]
     for title, values in maps:
         if values is not None:
             span = max(float(np.ptp(values)), 1e-12)
-            heat = _spread((values - values.min()) / span, found.view, 4 * 2**index)
-            title = f'{title}: {values.min():.3g} to {values.max():.3g}'
-            picture = cv2.applyColorMap(_to_uint8(heat), cv2.COLORMAP_VIRIDIS)
+            heat = _spread((values - values.min()) / span, found, 4 * 2**index)
+            title = f'{title}: {_range(values)}'
+            picture = cv2.applyColorMap(_to_uint8(255 * heat), cv2.COLORMAP_VIRIDIS)
             tiles.append(_tile(found, picture, title))
-    columns = min(TILES_A_ROW, len(tiles))
+    columns = len(tiles) if len(tiles) <= 4 else min(MAX_COLUMNS, -(-len(tiles) // 2))
     while len(tiles) % columns:
         tiles.append(np.full_like(tiles[0], 255))
     lines = [tiles[n : n + columns] for n in range(0, len(tiles), columns)]
     return np.concatenate([np.concatenate(line, axis=1) for line in lines])
 
 
-def _spread(values: np.ndarray, view: np.ndarray, side: int) -> np.ndarray:
+def _range(values: np.ndarray) -> str:
+    return f'{values.min():.3g} to {values.max():.3g}'
+
+
+def _spread(values: np.ndarray, found: PointAttention, side: int) -> np.ndarray:
     """Cells of ``side`` pixels each, smoothed, on the pixels of the view."""
     size = values.shape[1] * side, values.shape[0] * side
     large = cv2.resize(values.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
-    return large[: view.shape[0], : view.shape[1]]
+    return large[: found.view.shape[0], : found.view.shape[1]]
 
 
-def _to_uint8(heat: np.ndarray) -> np.ndarray:
-    return (255 * heat.clip(0, 1)).astype(np.uint8)
+def _to_uint8(values: np.ndarray) -> np.ndarray:
+    return values.clip(0, 255).astype(np.uint8)
 
 
-def _glow(view: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """A dim grey image under the colours of a map."""
-    grey = cv2.cvtColor(cv2.cvtColor(view, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
-    colours = cv2.applyColorMap(_to_uint8(heat), cv2.COLORMAP_INFERNO)
-    return cv2.addWeighted(grey, 0.35, colours, 0.65, 0)
+def _colour(view: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """A grey image under red for 0 to 1 and blue for 0 to -1."""
+    grey = cv2.cvtColor(view, cv2.COLOR_BGR2GRAY)[..., None] * 0.6 + 60.0
+    share = 0.9 * np.abs(heat)[..., None]
+    colour = np.where(heat[..., None] > 0, (30.0, 30.0, 230.0), (230.0, 90.0, 30.0))
+    return _to_uint8(grey * (1 - share) + colour * share)
 
 
 def _tile(found: PointAttention, picture: np.ndarray, title: str) -> np.ndarray:

@@ -16,7 +16,8 @@ from mmrest.inference import InferenceError, Inferencer, attend, read_image
 from mmrest.inference.attention_pictures import draw_stage
 from mmrest.inference.inputs import ImageError
 
-SHOWN_SIDE = 1600  # pixels; larger pictures are shown, and drawn on, smaller
+MAX_SIDE = 1600  # pixels; larger pictures are shown, and drawn on, smaller
+MIN_SIDE = 480  # smaller pictures are shown larger
 SECONDS_KEPT = 3600  # a person's pictures, after the last use
 MAX_STAGES = 4
 # Fonts of the system: gradio's own themes ask a server for theirs.
@@ -35,6 +36,11 @@ class Opened(NamedTuple):
     name: str
     image: np.ndarray
     samples: list[Any]
+
+    @property
+    def factor(self) -> int:
+        """How many times as large it is shown."""
+        return max(1, MIN_SIDE // max(self.image.shape[:2]))
 
 
 class Page:
@@ -84,7 +90,7 @@ class Page:
             image=opened.name, size=[width, height], score_thr=score_thr, found=found
         )
         text.write_text(json.dumps(content, indent=1) + '\n')
-        shown = [picture[..., ::-1] for picture in pictures]
+        shown = [_enlarge(picture, opened)[..., ::-1] for picture in pictures]
         buttons = [
             gr.DownloadButton(value=str(p), interactive=True) for p in (picture, text)
         ]
@@ -94,7 +100,7 @@ class Page:
         """Pictures of what a point attends to, stage by stage, model by model."""
         if opened is None:
             return self._no_attention()
-        x, y = (int(n) for n in event.index)
+        x, y = (int(n) // opened.factor for n in event.index)
         pictures = []
         for model in self.models.values():
             try:
@@ -117,7 +123,7 @@ class Page:
                 f'{Path(path).name} {error}.', title='Not a picture', duration=None
             )
             return None
-        factor = SHOWN_SIDE / max(image.shape[:2])
+        factor = MAX_SIDE / max(image.shape[:2])
         if factor >= 1:
             return image
         size = [max(1, round(side * factor)) for side in image.shape[1::-1]]
@@ -181,16 +187,13 @@ def build(
                 _image(f'{_short(name)}: click a point', f'picture{n}')
                 for n, name in enumerate(models)
             ]
+        stages = []
         with gr.Row():
-            stages = []
             for n, name in enumerate(models):
                 with gr.Column():
+                    gr.Markdown(f'#### What a point attends to: {_short(name)}')
                     stages += [
-                        _image(
-                            f'{_short(name)}: what the point attends to, stage {i + 1}',
-                            f'attention{n}_{i}',
-                            visible=False,
-                        )
+                        _image(None, f'attention{n}_{i}', visible=False)
                         for i in range(MAX_STAGES)
                     ]
         drawn = [*pictures, *buttons, *stages]
@@ -218,9 +221,17 @@ def _on(
     event(answer, inputs, outputs, api_visibility='private', concurrency_limit=2)
 
 
-def _image(label: str, elem_id: str, visible: bool = True) -> gr.Image:
+def _enlarge(picture: np.ndarray, opened: Opened) -> np.ndarray:
+    factor = opened.factor
+    return cv2.resize(
+        picture, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC
+    )
+
+
+def _image(label: Optional[str], elem_id: str, visible: bool = True) -> gr.Image:
     return gr.Image(
         label=label,
+        show_label=label is not None,
         interactive=False,
         visible=visible,
         format='jpeg',
