@@ -1,4 +1,4 @@
-"""Run by torchrun: ResT under DistributedDataParallel, many cases in one launch.
+"""Run by torchrun: ResT under DistributedDataParallel, groups of cases in one launch.
 
 ``unused``: every parameter takes part in every step, and ``variants`` the same for
 the other stems, positions and attentions. ``equal``: the processes, each with its share
@@ -96,10 +96,11 @@ CASES = dict(
 
 if __name__ == '__main__':
     dist.init_process_group('gloo')
-    check, options = CASES[sys.argv[1]]
-    cases = list(itertools.product(*options))
-    for case in cases:
-        check(*case)
-    if dist.get_rank() == 0:
-        print(f'{len(cases)} cases passed')
+    for group in sys.argv[1:]:
+        check, options = CASES[group]
+        cases = list(itertools.product(*options))
+        for case in cases:
+            check(*case)
+        if dist.get_rank() == 0:
+            print(len(cases))
     end_process_group()  # gloo's threads at times abort a process that ends itself
