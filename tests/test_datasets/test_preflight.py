@@ -1,8 +1,6 @@
 """Each finding before a run names the thing, what was found and what to do."""
 
-import importlib
 import shutil
-import sys
 
 import pytest
 import torch
@@ -342,10 +340,3 @@ def test_the_tool_that_checks_the_data_alone(call, cfg, dataset):
     output = call(*tool, cwd=dataset, fails=True)
     assert 'check_dataset.py: 1 problem' in output and 'train_2.jpg' in output
     call(*tool, '--decode', 0, cwd=dataset)
-
-
-def test_the_old_module_is_an_alias():
-    sys.modules.pop('mmrest.preflight', None)
-    with pytest.warns(DeprecationWarning, match='mmrest.datasets.preflight'):
-        old = importlib.import_module('mmrest.preflight')
-    assert old.check_config is check_config

@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import importlib
 import os
 import random
 import re
@@ -27,7 +26,7 @@ from toy_runs import (
 )
 
 from mmrest.checkpoint import CheckpointError, CheckpointWriteError, read_checkpoint
-from mmrest.hooks import AtomicCheckpointHook, WholeCheckpointHook, exact_resume
+from mmrest.hooks import exact_resume
 
 BEST = dict(save_best='val/loss', rule='less')
 KILLED = -signal.SIGKILL
@@ -138,17 +137,6 @@ def test_other_storages_go_mmengines_way(tmp_path):
     pointer = tmp_path / 'run' / 'last_checkpoint'
     assert pointer.read_text() == 'store/run/iter_6.pth'
     assert not list(tmp_path.rglob('*.pth'))
-
-
-def test_old_names_are_deprecated():
-    with pytest.warns(DeprecationWarning, match='is now mmrest.hooks, mmrest.optim'):
-        engine = importlib.reload(importlib.import_module('mmrest.engine'))
-    names = 'WholeCheckpointHook', 'BlockFSDPStrategy', 'NonFiniteError', 'StopSignals'
-    assert all(hasattr(engine, name) for name in names)
-    assert engine.LayerDecayOptimWrapperConstructor
-    with pytest.warns(DeprecationWarning, match='now called AtomicCheckpointHook'):
-        hook = WholeCheckpointHook(interval=3)
-    assert isinstance(hook, AtomicCheckpointHook) and hook.interval == 3
 
 
 # ------------------------------------------------------------------ failing writes

@@ -5,11 +5,18 @@ import sys
 
 import pytest
 
+from mmrest.hooks import AtomicCheckpointHook, WholeCheckpointHook
+
 
 @pytest.mark.parametrize(
     'module, name',
     [
         ('engine', 'PreemptionHook'),
+        ('engine', 'WholeCheckpointHook'),
+        ('engine', 'BlockFSDPStrategy'),
+        ('engine', 'NonFiniteError'),
+        ('engine', 'StopSignals'),
+        ('engine', 'LayerDecayOptimWrapperConstructor'),
         ('engine.checkpointing', 'WholeCheckpointHook'),
         ('engine.fsdp', 'BlockFSDPStrategy'),
         ('engine.label_range', 'LabelRangeHook'),
@@ -17,6 +24,7 @@ import pytest
         ('engine.optim', 'LayerDecayOptimWrapperConstructor'),
         ('engine.preemption', 'PreemptionHook'),
         ('preflight', 'check_config'),
+        ('preflight', 'log_report'),
     ],
 )
 def test_modules_of_the_first_release(module, name, monkeypatch):
@@ -25,3 +33,9 @@ def test_modules_of_the_first_release(module, name, monkeypatch):
     with pytest.warns(DeprecationWarning, match=f'mmrest.{package} is'):
         importlib.import_module(f'mmrest.{package}')
     assert hasattr(importlib.import_module(f'mmrest.{module}'), name)
+
+
+def test_checkpoint_hook_of_the_first_release():
+    with pytest.warns(DeprecationWarning, match='now called AtomicCheckpointHook'):
+        hook = WholeCheckpointHook(interval=3)
+    assert isinstance(hook, AtomicCheckpointHook) and hook.interval == 3
