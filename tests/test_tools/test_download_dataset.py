@@ -2,45 +2,26 @@
 
 import http.server
 import io
-import json
 import threading
 import zipfile
 
-import numpy as np
 import pytest
-from PIL import Image
+from dirty_files import Dataset, encode, rgb
 
 
-def coco_archives():
+def coco_archives(folder):
     """COCO's three archives with one image each."""
     from mmdet.datasets import CocoDataset
 
     names = CocoDataset.METAINFO['classes']
-    categories = [dict(id=i + 1, name=name) for i, name in enumerate(names)]
-    polygon = [1, 1, 9, 1, 9, 9, 1, 9]
-    objects = [
-        dict(
-            id=1,
-            image_id=1,
-            category_id=1,
-            bbox=[1, 1, 8, 8],
-            area=64,
-            segmentation=[polygon],
-            iscrowd=0,
-        )
-    ]
-    image = io.BytesIO()
-    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(image, 'JPEG')
-    archives, lists = {}, {}
+    archives, lists, image = {}, {}, encode(rgb())
     for split in ('train2017', 'val2017'):
-        lists[f'annotations/instances_{split}.json'] = json.dumps(
-            dict(
-                images=[dict(id=1, file_name='1.jpg', width=16, height=16)],
-                annotations=objects,
-                categories=categories,
-            )
-        )
-        archives[f'/zips/{split}.zip'] = pack({f'{split}/1.jpg': image.getvalue()})
+        part = Dataset(folder, range(1, 81), names)
+        part.add_object(part.add_image('1.jpg', image))
+        part.write(f'{split}.json')
+        content = (folder / f'{split}.json').read_text()
+        lists[f'annotations/instances_{split}.json'] = content
+        archives[f'/zips/{split}.zip'] = pack({f'{split}/1.jpg': image})
     archives['/annotations/annotations_trainval2017.zip'] = pack(lists)
     return archives
 
@@ -56,9 +37,9 @@ def pack(files):
 class Server(http.server.ThreadingHTTPServer):
     """Serves ``files``; ``cut`` ends the next answer after that many bytes."""
 
-    def __init__(self):
+    def __init__(self, files):
         super().__init__(('127.0.0.1', 0), Handler)
-        self.files, self.cut, self.asked = coco_archives(), None, []
+        self.files, self.cut, self.asked = files, None, []
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -83,8 +64,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server():
-    server = Server()
+def server(tmp_path_factory):
+    server = Server(coco_archives(tmp_path_factory.mktemp('coco')))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
