@@ -26,7 +26,10 @@ def run(tensors, dtype, attn_impl):
     weight = weight.detach().clone().to(torch.float32 if half else dtype)
     weight.requires_grad_()
     with torch.autocast('cpu', dtype=dtype if half else None, enabled=half):
-        out = head_interaction_attention(*qkv, weight, attn_impl=attn_impl)
+        # several tiles, the last of them smaller
+        out = head_interaction_attention(
+            *qkv, weight, attn_impl=attn_impl, tile_rows=100
+        )
     out.backward(grad.to(out.dtype))
     return [out.detach(), *(t.grad for t in qkv), weight.grad]
 
