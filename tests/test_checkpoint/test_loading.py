@@ -7,11 +7,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mmengine.model import PretrainedInit
-from small_models import TINY
 from torch import nn
-from weights_rule import fill
 
-from mmrest import ResT
 from mmrest.checkpoint import CheckpointError, load_pretrained, pretrained_options
 from mmrest.checkpoint.comparison import matches
 from mmrest.checkpoint.loading import adapt_input_channels
@@ -337,108 +334,3 @@ def test_init_cfg_for_mmengine(cfg):
 def test_init_cfg_of_another_kind(cfg, found):
     with pytest.raises(TypeError, match=found):
         pretrained_options(cfg)
-
-
-def rest_file(save, wrapper='model', prefix='', **changes):
-    """A file of the published form: without norm1..3, with a head."""
-    model = ResT(arch={**TINY, **changes}, out_indices=(3,))
-    state = fill({k: v.clone() for k, v in model.state_dict().items()})
-    head = {'head.weight': torch.ones(5, 32), 'head.bias': torch.ones(5)}
-    content = {prefix + k: v for k, v in {**state, **head}.items()}
-    if 'backbone' in prefix:
-        content['roi_heads.box.weight'] = torch.ones(2)
-    return save({wrapper: content} if wrapper else content), state
-
-
-def build(path, arch=TINY, **kwargs):
-    init_cfg = {'type': 'Pretrained', 'checkpoint': path}
-    model = ResT(arch=arch, init_cfg=init_cfg, **kwargs)
-    model.init_weights()
-    return model
-
-
-def test_rest_reads_a_published_checkpoint(published_shapes, save):
-    shapes = published_shapes['rest_lite']
-    dtypes = {k: torch.long if 'tracked' in k else torch.float for k in shapes}
-    state = fill({k: torch.zeros(s, dtype=dtypes[k]) for k, s in shapes.items()})
-    model = build(save(dict(model=state)), 'lite')
-    for name, value in model.state_dict().items():
-        assert name in state or name.startswith(('norm1.', 'norm2.', 'norm3.'))
-        assert torch.equal(value, state.get(name, value)), name
-
-
-@pytest.mark.parametrize(
-    'wrapper, prefix',
-    [
-        (None, ''),
-        ('model', 'module.'),
-        ('state_dict', 'backbone.'),
-        ('state_dict_ema', 'backbone.bottom_up.'),
-        (None, 'backbone.bottom_up.'),
-        ('state_dict', 'module.'),
-    ],
-)
-def test_rest_in_every_form(save, wrapper, prefix):
-    path, state = rest_file(save, wrapper, prefix)
-    model = build(path)
-    assert torch.equal(model.stem.conv1.weight, state['stem.conv1.weight'])
-    assert torch.equal(model.norm.bias, state['norm.bias'])
-
-
-@pytest.mark.parametrize('out_indices', [(0,), (1, 2), (3,), (1, 2, 3)])
-def test_rest_with_fewer_outputs(save, out_indices):
-    path, state = rest_file(save)
-    for name, value in build(path, out_indices=out_indices).state_dict().items():
-        assert torch.equal(value, state.get(name, value)), name
-
-
-@pytest.mark.parametrize(
-    'change, found',
-    [
-        (dict(depths=[1, 1, 1, 1]), 'stage3.1'),
-        (dict(depths=[1, 1, 3, 1]), 'stage3.2'),
-        (dict(embed_dims=[16, 32, 48, 64]), 'stem.conv1.weight'),
-    ],
-)
-def test_rest_refuses_another_arch(save, change, found):
-    path, _ = rest_file(save, **change)
-    with pytest.raises(CheckpointError, match='`arch`') as error:
-        build(path)
-    assert found in str(error.value)
-
-
-def test_rest_refuses_v2(save, published_shapes):
-    names = published_shapes['restv2_tiny']
-    with pytest.raises(CheckpointError, match=r'Missing in the file.*stem\.conv1'):
-        build(save({'model': {name: torch.ones(1) for name in names}}))
-
-
-def test_rest_reads_its_own_detector(save):
-    """From a trained detector: norm1..3 are there too, and are loaded."""
-    source = ResT(arch=TINY)
-    nn.init.constant_(source.norm2.weight, 0.25)
-    state = {f'backbone.{k}': v for k, v in source.state_dict().items()}
-    state['neck.fpn_convs.0.conv.weight'] = torch.ones(1)
-    model = build(save({'state_dict': state, 'meta': {}}))
-    assert unchanged(model, source.state_dict())
-
-
-@pytest.mark.parametrize('channels', [1, 4])
-def test_rest_for_other_images(save, channels):
-    path, state = rest_file(save)
-    with pytest.raises(CheckpointError, match='adapt_input=True'):
-        build(path, in_channels=channels)
-    init_cfg = dict(type='Pretrained', checkpoint=path, adapt_input=True)
-    model = ResT(arch=TINY, in_channels=channels, init_cfg=init_cfg)
-    model.init_weights()
-    found = model.state_dict()
-    expected = adapt_input_channels(state['stem.conv1.weight'], channels)
-    assert torch.equal(found.pop('stem.conv1.weight'), expected)
-    assert all(torch.equal(v, state.get(k, v)) for k, v in found.items())
-
-
-def test_rest_names_a_missing_file_and_a_wrong_init_cfg(tmp_path):
-    with pytest.raises(FileNotFoundError, match='does not exist'):
-        build(str(tmp_path / 'none.pth'))
-    with pytest.raises(TypeError, match='init_cfg must be a dict'):
-        ResT(arch=TINY, init_cfg=123)
