@@ -12,7 +12,6 @@ import threading
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-import requests
 import torch
 from torch import nn
 from weights_rule import fill
@@ -25,6 +24,7 @@ from mmrest.checkpoint import (
 )
 
 pytest.importorskip('gdown')
+requests = pytest.importorskip('requests')
 
 ARCH = dict(
     embed_dims=[4, 4, 4, 4],
