@@ -436,9 +436,8 @@ def _table() -> Iterator[str]:
     yield f'{"name":24}{"top-1":>6}{"measured":>10}  from'
     for name, model in MODELS.items():
         measured = next((f'{s.top1:.2f}' for s in model.sources if s.top1), '')
-        where = ', '.join(
-            [*(s.origin for s in model.sources), f'{BAIDU}/{model.baidu}']
-        )
+        files = [f'{s.origin} ({s.suffix})' for s in model.sources]
+        where = ', '.join([*files, f'{BAIDU}/{model.baidu}'])
         yield f'{name:24}{model.top1:6.1f}{measured:>10}  {where}'
     yield ''
     yield from (f'{origin}: {where}' for origin, where in ORIGINS.items())

@@ -25,8 +25,8 @@ model = dict(
         # (frozen_stages=1, the default of their framework) is not known, and the
         # code released with them cannot freeze.
         frozen_stages=-1,
-        # Published by the ResT authors, https://github.com/wofmanaf/ResT (the
-        # ImageNet weights "ResT-Small"). Without: model.backbone.init_cfg=None
+        # The file: `python -m mmrest.weights rest_small`.
+        # Without: model.backbone.init_cfg=None
         init_cfg=dict(type='Pretrained', checkpoint='pretrained/rest_small.pth'),
     ),
     neck=dict(

@@ -10,8 +10,8 @@ model = dict(
         out_indices=(0, 1, 2, 3),
         drop_path_rate=0.1,
         frozen_stages=-1,
-        # Published by the ResT authors, https://github.com/wofmanaf/ResT (the
-        # ImageNet weights "ResTv2-T" at 224). Without: model.backbone.init_cfg=None
+        # The file: `python -m mmrest.weights restv2_tiny`.
+        # Without: model.backbone.init_cfg=None
         init_cfg=dict(type='Pretrained', checkpoint='pretrained/restv2_tiny.pth'),
     ),
     neck=dict(in_channels=[96, 192, 384, 768]),

@@ -23,8 +23,8 @@ model = dict(
         out_indices=(0, 1, 2, 3),
         drop_path_rate=0.1,
         out_norm='chain',
-        # The ImageNet weights that the ResT authors published,
-        # https://github.com/wofmanaf/ResT. Without: model.backbone.init_cfg=None
+        # The file: `python -m mmrest.weights rest_small`.
+        # Without: model.backbone.init_cfg=None
         init_cfg=dict(type='Pretrained', checkpoint='pretrained/rest_small.pth'),
     ),
     neck=dict(

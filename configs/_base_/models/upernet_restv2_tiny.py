@@ -9,8 +9,8 @@ model = dict(
         arch='tiny',
         out_indices=(0, 1, 2, 3),
         drop_path_rate=0.1,
-        # The ImageNet weights that the ResT authors published,
-        # https://github.com/wofmanaf/ResT. Without: model.backbone.init_cfg=None
+        # The file: `python -m mmrest.weights restv2_tiny`.
+        # Without: model.backbone.init_cfg=None
         init_cfg=dict(type='Pretrained', checkpoint='pretrained/restv2_tiny.pth'),
     ),
     decode_head=dict(in_channels=[96, 192, 384, 768]),
