@@ -14,6 +14,7 @@ from typing import Any, Optional, Union
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
 from mmengine.device import get_device
 from mmengine.registry import DATASETS, init_default_scope
 from torch import nn
@@ -363,5 +364,10 @@ def _checked(kind: type, checkpoint: dict, source: Source) -> type:
             meta = dict(checkpoint.get('meta') or {})
             meta['dataset_meta'] = _dataset_meta(checkpoint, cfg, model)
             super()._load_weights_to_model(model, dict(checkpoint, meta=meta), cfg)
+
+        def _init_collate(self, cfg: Any) -> Any:
+            # MMEngine warns where it looks for one in vain
+            named = 'collate_fn' in cfg.test_dataloader
+            return super()._init_collate(cfg) if named else pseudo_collate
 
     return Checked
