@@ -51,7 +51,8 @@ def read_paddle(path: str, map_location: Any = 'cpu') -> dict[str, Any]:
     return _convert(content, map_location if named else 'cpu')
 
 
-class _ArrayUnpickler(pickle.Unpickler):
+# Python's own: for a file of a few bytes the one in C would allocate 32 GB of memo
+class _ArrayUnpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Callable:
         function = _FUNCTIONS.get(f'{module}.{name}')
         if function is None:

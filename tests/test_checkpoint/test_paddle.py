@@ -9,6 +9,7 @@ layers, with weights by ``weights_rule.py``: a ResT by
 import os
 import pickle
 import shutil
+import tracemalloc
 import types
 from collections import OrderedDict
 
@@ -185,6 +186,16 @@ def test_nothing_is_changed_by_a_file(tmp_path):
             read_checkpoint(tmp_path / 'x.pdparams')
     assert [set(vars(stand_in)) for stand_in in stand_ins] == before
     assert all(getattr(f, '__defaults__', None) != (1,) for f in stand_ins)
+
+
+def test_a_few_bytes_take_no_memory(tmp_path):
+    """A pickle says at which index of a list it remembers an object."""
+    index = (2**26).to_bytes(4, 'little')
+    (tmp_path / 'x.pdparams').write_bytes(b'\x80\x02}r' + index + b'.')
+    tracemalloc.start()
+    read_checkpoint(tmp_path / 'x.pdparams')
+    assert tracemalloc.get_traced_memory()[1] < 1e7
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
