@@ -29,15 +29,6 @@ def build(cfg):
     return MODELS.build(cfg.model)
 
 
-def test_the_list_is_complete(repo):
-    found = {
-        f'{folder}/{path.name}'
-        for folder in REPO_CONFIGS
-        for path in (repo / 'configs' / folder).glob('rest_*x.py')
-    }
-    assert found == set(NAMES)
-
-
 @pytest.mark.parametrize('name', sorted(PUBLISHED_COUNTS))
 def test_parameter_count_is_the_published_one(read, name):
     model = build(read(name))
@@ -85,16 +76,6 @@ def test_3x_differs_from_1x_in_the_schedule_alone(read, name):
     assert three.param_scheduler[0] == one.param_scheduler[0]
     assert three.param_scheduler[1].milestones == [210_000, 250_000]
     assert three.param_scheduler[1].end == 270_000
-
-
-@pytest.mark.parametrize('name', NAMES)
-def test_size_decides_arch_weights_and_drop_path(read, name):
-    arch = re.search('rest_([a-z]+)_', name).group(1)
-    backbone = read(name).model.backbone
-    assert backbone.arch == arch
-    assert backbone.init_cfg.checkpoint == f'pretrained/rest_{arch}.pth'
-    assert backbone.drop_path_rate == (0.1 if arch in ('lite', 'small') else 0.2)
-    assert backbone.out_norm == 'chain'
 
 
 @pytest.mark.parametrize('detector', REPO_CONFIGS)
