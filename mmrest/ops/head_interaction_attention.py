@@ -23,6 +23,9 @@ from .triton_head_interaction import triton_head_interaction_attention, why_not
 
 ATTN_IMPLS = ('auto', 'tiled', 'triton', 'dense')
 
+# Below this many rows a part costs more than a thread gives.
+MIN_PART_ROWS = 256
+
 
 def head_interaction_attention(
     q: Tensor,
@@ -125,7 +128,39 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if attn_impl == 'dense':
         return dense_attention(q, k, v, scale, dropout_p)
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+    batch, parts = q.shape[0], _row_parts(q)
+    if parts > 1:
+        # B, h, N, d -> B * parts, h, N / parts, d, a view of tokens
+        q = q.unflatten(2, (parts, -1)).transpose(1, 2).flatten(0, 1)
+        k, v = (t[:, None].expand(-1, parts, -1, -1, -1).flatten(0, 1) for t in (k, v))
+    x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+    if parts > 1:
+        # B * parts, h, N / parts, d -> B, h, N, d
+        x = x.unflatten(0, (batch, parts)).transpose(1, 2).flatten(2, 3)
+    return x
+
+
+def _row_parts(q: Tensor) -> int:
+    """In how many parts the rows are attended to, each as an image of its own.
+
+    On a CPU, PyTorch's backward pass has one thread for each image and head. Rows are
+    independent of each other, so their parts give work to the others.
+    """
+    if (
+        q.device.type != 'cpu'
+        or not (torch.is_grad_enabled() and q.requires_grad)
+        or torch.compiler.is_compiling()
+        or is_exporting()
+        or is_transformed()
+    ):
+        return 1
+    needed = -(-torch.get_num_threads() // max(1, q.shape[0] * q.shape[1]))
+    if needed == 1:
+        return 1
+    rows = q.shape[2]
+    fitting = (n for n in range(needed, 4 * needed + 1) if rows % n == 0)
+    parts = next(fitting, 1)
+    return parts if rows >= MIN_PART_ROWS * parts else 1
 
 
 def dense_head_interaction_attention(

@@ -1,7 +1,10 @@
 """Every implementation against the dense form, forward and backward."""
 
+from importlib import import_module
+
 import pytest
 import torch
+import torch.nn.functional as F
 from attention_cases import TOLERANCE, Shape, assert_same, make_inputs, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -218,3 +221,47 @@ def test_triton_falls_back_to_tiled_with_a_warning():
     with pytest.warns(UserWarning, match="'triton' cannot.*'tiled' is used"):
         found = head_interaction_attention(**inputs, attn_impl='triton')
     assert torch.equal(found, head_interaction_attention(**inputs, attn_impl='tiled'))
+
+
+@pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    'threads, batch, heads, rows, seen',
+    [
+        (1, 1, 1, 24, 1),
+        (2, 1, 1, 24, 2),
+        (2, 1, 1, 25, 5),
+        (2, 1, 1, 23, 1),  # nothing divides it
+        (8, 1, 2, 24, 4),
+        (8, 3, 1, 24, 9),
+        (2, 2, 1, 24, 2),
+        (8, 1, 1, 8, 1),  # too short
+    ],
+)
+def test_rows_in_parts_for_the_threads(
+    monkeypatch, threads, batch, heads, rows, seen, dtype
+):
+    """PyTorch's backward pass on CPUs has one thread for each image and head."""
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
+    # the package has a function of the module's name
+    module = import_module('mmrest.ops.head_interaction_attention')
+    monkeypatch.setattr(module, 'MIN_PART_ROWS', 3)
+    fused, batches = F.scaled_dot_product_attention, []
+
+    def note(q, *args, **kwargs):
+        batches.append(len(q))
+        return fused(q, *args, **kwargs)
+
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', note)
+    inputs = make_inputs(Shape(batch, heads, rows, 7, 8), dtype)
+    q, k, v = (inputs[name].detach().requires_grad_() for name in 'qkv')
+    grad = torch.randn(q.shape, dtype=dtype)
+    results = {}
+    for impl in ('dense', 'auto'):
+        out = attention(q, k, v, attn_impl=impl)
+        gradients = torch.autograd.grad(out, (q, k, v), grad)
+        results[impl] = dict(zip(('out', *'qkv'), (out, *gradients)))
+    assert batches == [seen]
+    assert_same(results['auto'], results['dense'], TOLERANCE[dtype])
+    with torch.no_grad():
+        attention(q, k, v)
+    assert batches == [seen, batch]
