@@ -168,8 +168,9 @@ def read_file(path: str, where: str, map_location: Any = 'cpu') -> Any:
         raise CheckpointError(f'{where}: {error}') from error
     except Exception as error:
         _raise_if_refused(error, where)
+        reason = _why_damaged(path, str(error) or type(error).__name__)
         raise CheckpointError(
-            f'{where} is not a usable checkpoint. {_why_damaged(path, str(error))}'
+            f'{where} is not a usable checkpoint. {reason}'
         ) from error
 
 

@@ -202,7 +202,7 @@ def test_a_few_bytes_take_no_memory(tmp_path):
     ('content', 'message'),
     [
         (pickle.dumps([np.ones(2)]), 'it holds a list'),
-        (pickle.dumps({'a': np.ones(99)})[:-50], 'a part is damaged'),
+        (pickle.dumps({'a': np.ones(99)})[:-50], r'a part is damaged \(\w+'),
         (b'\x80\x04garbage', 'a part is damaged'),
         (b'', 'empty'),
         (b'<html>please log in</html>', 'HTML'),
