@@ -7,6 +7,8 @@ model.
 """
 
 import copy
+import itertools
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Optional, Union
@@ -168,6 +170,14 @@ class _Segmentation(Inferencer):
         base.visualizer.set_dataset_meta(meta['classes'], palette)
         base.visualizer.alpha = 0.6
         return base
+
+    def predict(self, images: Sequence[np.ndarray]) -> list[Any]:
+        # mmseg has images of one size in a batch
+        size_of = operator.attrgetter('shape')
+        samples: list[Any] = []
+        for _, part in itertools.groupby(images, size_of):
+            samples += super().predict(list(part))
+        return samples
 
     def draw(
         self, image: np.ndarray, sample: Any, score_thr: float = 0.3

@@ -156,6 +156,39 @@ def test_numbers_where_nobody_names_the_classes(model_files, toolbox):
     assert inferencer.to_dict(sample)
 
 
+@pytest.mark.parametrize('toolbox', ['mmdet', 'mmseg', 'mmpretrain'])
+def test_images_of_several_sizes_in_a_batch(model_files, toolbox):
+    inferencer = init_inferencer(*map(str, model_files(toolbox)))
+    images = [np.full((h, w, 3), 90, np.uint8) for h, w in [(64, 96), (96, 64), (9, 7)]]
+    samples = inferencer.predict(images)
+    assert len(samples) == 3
+    if toolbox != 'mmdet':  # which pads the smaller ones
+        name = dict(mmseg='seg_logits', mmpretrain='pred_score')[toolbox]
+        for image, sample in zip(images, samples):
+            (alone,) = inferencer.predict([image])
+            found, wanted = (getattr(s, name) for s in (sample, alone))
+            if toolbox == 'mmseg':
+                found, wanted = found.data, wanted.data
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_published_classifier(model_files):
+    """A published file, bare, with the head beside the backbone."""
+    config, checkpoint = model_files('mmpretrain')
+    tensors = torch.load(checkpoint)['state_dict'].items()
+    names = {
+        n: n.replace('backbone.', '').replace('head.fc.', 'head.') for n, _ in tensors
+    }
+    torch.save({names[n]: t for n, t in tensors}, checkpoint.with_name('published.pth'))
+    image = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
+    scores = []
+    for path in (checkpoint, checkpoint.with_name('published.pth')):
+        inferencer = init_inferencer(str(config), path)
+        assert len(inferencer.classes) == 1000 and 'tench' in inferencer.classes[0]
+        scores.append(inferencer.predict([image])[0].pred_score)
+    torch.testing.assert_close(*scores)
+
+
 def test_amp(model_files):
     inferencer = init_inferencer(*map(str, model_files('mmdet')), amp='auto')
     seen = []
