@@ -1,20 +1,19 @@
 """Which checkpoint ``--resume`` continues from when files are damaged or missing."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config
 from toy_run import ToyModel
+from toy_runs import exit_codes, in_two_processes
 
 from mmrest.checkpoint import (
     CheckpointError,
     check_load_from,
     choose_checkpoint,
     find_latest,
+    read_state_dict,
 )
 from mmrest.launch import choose_start
 
@@ -272,33 +271,31 @@ def test_a_process_that_sees_another_file(toy, monkeypatch):
         choose_checkpoint(str(toy))
 
 
-@pytest.mark.slow
-def test_two_processes(server, toy, tmp_path, repo, free_ports):
+def test_two_processes(server, toy, tmp_path):
     """The first one downloads and reads; an error is raised by both."""
     url, root = server
     torch.save({'model': ToyModel().state_dict()}, root / 'rest.pth')
-    hub, lost = tmp_path / 'hub', tmp_path / 'lost'
-    for folder in (hub, lost):
-        folder.mkdir()
+    lost = tmp_path / 'lost'
+    lost.mkdir()
     (lost / 'iter_1.pth').write_bytes(b'')
-    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2']
-    command += [f'--master_port={next(free_ports)}']
-    command += [str(Path(__file__).with_name('two_processes.py'))]
-    done = subprocess.run(
-        [*command, *map(str, (hub, url, toy, lost))],
-        env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(repo)),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    for rank in (0, 1):
-        lines = (hub / f'{rank}.txt').read_text().splitlines()
-        failed, count, _, chosen, reads, width, nothing = lines
-        assert 'HTTP Error 404' in failed and count == '7'
-        assert chosen == f'{toy}/iter_7.pth 3' and int(reads) == 1 - rank
-        assert 'instead of (9, 3)' in width
-        assert 'no whole checkpoint' in nothing
+
+    def check(rank):
+        reads, load = [], torch.load
+        torch.load = lambda *args, **kw: reads.append(args) or load(*args, **kw)
+        with pytest.raises(CheckpointError, match='HTTP Error 404'):
+            read_state_dict(f'{url}/none.pth')
+        assert len(read_state_dict(f'{url}/rest.pth')) == 7
+        reads.clear()
+        latest = choose_checkpoint(str(toy))
+        check_load_from(ToyModel(), latest)
+        assert (latest.path, latest.seed) == (f'{toy}/iter_7.pth', 3)
+        assert len(reads) == 1 - rank
+        with pytest.raises(CheckpointError, match=r'instead of \(9, 3\)'):
+            check_load_from(ToyModel(width=9), choose_checkpoint(str(toy)))
+        with pytest.raises(CheckpointError, match='no whole checkpoint'):
+            choose_checkpoint(str(lost))
+
+    assert exit_codes(in_two_processes(check, tmp_path)) == [0, 0]
 
 
 def test_path_of_weights_alone(run):
