@@ -16,7 +16,7 @@ import torch
 from hypothesis import settings
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
-from tool_process import command_of, environment_of, free_port
+from tool_process import command_of, environment_of
 from tool_runs import call_tool
 from yapf.yapflib import yapf_api
 
@@ -91,12 +91,6 @@ def published_shapes(data_dir: Path) -> dict[str, dict[str, tuple[int, ...]]]:
         arch: {key: tuple(shape) for key, shape in keys.items()}
         for arch, keys in json.loads(text).items()
     }
-
-
-@pytest.fixture(scope='session')
-def free_ports():
-    """Ports for launchers, one after the other."""
-    return iter(free_port, None)
 
 
 @pytest.fixture(scope='session')
