@@ -261,10 +261,12 @@ def _fetch_from(source: Source, path: Path, name: str) -> None:
 def _download(source: Source, file: Path, name: str) -> None:
     try:
         gdown: Any = import_module('gdown')
-    except ImportError as error:
+        errors = import_module('gdown.exceptions')
+        page, broken = errors.FileURLRetrievalError, errors.DownloadError
+    except (ImportError, AttributeError) as error:
         raise WeightsError(
-            'downloading needs the package gdown, which is not installed: '
-            "pip install 'mmrest[weights]'"
+            'downloading needs the package gdown, 6.5 or later, and Python 3.10 or '
+            "later: pip install 'mmrest[weights]'"
         ) from error
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -277,9 +279,9 @@ def _download(source: Source, file: Path, name: str) -> None:
                     url, str(file), resume=True, timeout=_TIMEOUT, use_cookies=False
                 )
                 break
-            except gdown.exceptions.FileURLRetrievalError:
+            except page:
                 raise
-            except gdown.exceptions.DownloadError as error:
+            except broken as error:
                 if 'byte range' in str(error):  # the source cannot continue
                     for part in file.parent.glob(f'{file.name}*.part'):
                         part.unlink()

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import resource
+import sys
 import threading
 from urllib.parse import parse_qs, urlsplit
 
@@ -267,6 +268,15 @@ def test_no_network(tmp_path, monkeypatch):
     with pytest.raises(weights.WeightsError) as error:
         weights.fetch('restv2_tiny')
     assert 'the connection to drive.google.com failed' in str(error.value)
+
+
+def test_without_gdown(tmp_path, monkeypatch):
+    """The links and the way by hand are there all the same."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, 'gdown', None)
+    with pytest.raises(weights.WeightsError, match='pip install') as error:
+        weights.fetch('rest_base')
+    assert '--from FILE' in str(error.value) and not any(tmp_path.iterdir())
 
 
 def test_full_disk_while_downloading(drive, folder):
