@@ -7,10 +7,15 @@ import signal
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import cv2
 import pytest
 import torch
 from tool_process import environment_of, free_port
+
+from mmrest.inference import attend, init_inferencer
+from mmrest.inference.attention_pictures import draw_stage
 
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
 FLAGS = [
@@ -48,6 +53,34 @@ def test_what_is_said_where_it_cannot_start(page, tmp_path):
         assert f'port {port} cannot be used (Address already in use)' in page(
             '--port', port
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('width', 'height'), [(96, 64), (2000, 1000)])
+def test_click_and_boxes_are_of_what_is_shown(
+    repo, model_files, write_image, tmp_path, monkeypatch, width, height
+):
+    """Small pictures are shown larger, and large ones given to the model smaller."""
+    pytest.importorskip('gradio')
+    monkeypatch.syspath_prepend(str(repo / 'projects' / 'page'))
+    import interface
+
+    config, checkpoint = model_files('mmdet')
+    model = init_inferencer(str(config), checkpoint, 'cpu')
+    page = interface.Page({'x.pth': model}, 25, tmp_path)
+    path = write_image(tmp_path / 'a.png', width, height)
+    opened, picture, *_ = page.open(str(path), 0.0)
+    assert picture.shape[:2] == ((320, 480) if width == 96 else (800, 1600))
+    size = json.loads(next(tmp_path.glob('*/a_found.json')).read_text())['size']
+    assert size == [96, 64] if width == 96 else [1600, 800]
+    y, x = (side // 2 for side in picture.shape[:2])
+    stages = page.attend(opened, SimpleNamespace(index=[x, y]))
+    wanted = attend(model, opened.image, size[0] // 2, size[1] // 2)
+    assert wanted.point == (48, 32 if width == 96 else 24)
+    for index, stage in enumerate(stages):
+        shown = cv2.imread(stage.value['path']) if stage.value else None
+        drawn = draw_stage(wanted, index)
+        assert shown.shape == drawn.shape and abs(shown.mean() - drawn.mean()) < 2
 
 
 @pytest.fixture(scope='module')
