@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from pathlib import Path
 
 from mmrest import launch
 from mmrest.inference import infer, init_inferencer
@@ -61,7 +62,7 @@ def main() -> int:
             skipped = infer(inferencer, args.input, out_dir, *options)
         except OSError as error:
             sys.exit(f'tools/image_demo.py: {error}. {free_space(out_dir or ".")}')
-    if out_dir is not None:
+    if out_dir is not None and any(Path(out_dir, 'preds').iterdir()):
         print(f'pictures and JSON are in {out_dir}')
     if skipped:
         print(f'{len(skipped)} could not be read, see above', file=sys.stderr)

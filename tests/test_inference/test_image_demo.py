@@ -61,6 +61,8 @@ def test_folder_with_bad_files(demo, model_files, write_image, tmp_path):
     assert names == ['a.json', 'a.png.json', 'b.json']  # none in another's place
     output = demo(folder, *files, *options, fails=True)
     assert 'out is not empty' in output and 'Traceback' not in output
+    output = demo(folder / 'empty.jpg', *files, '--out-dir', 'none', fails=True)
+    assert '1 could not be read' in output and 'pictures and' not in output
 
 
 def test_address(model_files, write_image, server, tmp_path):
