@@ -24,8 +24,9 @@ ifneq ($(origin ENV),command line)
 ENV := .venv-$(STACK)
 endif
 BIN = $(ENV)/bin
-# One thread a worker; all tests of a file share its fixtures. Files in their order: those
-# of the hooks fork, which they cannot after torch.compile ran in the same process.
+# One thread a worker; all tests of a file share its fixtures. Files in their order: some
+# (those that import toy_runs) fork, which they cannot after torch.compile ran in the same
+# process.
 PYTEST = OMP_NUM_THREADS=1 '$(BIN)/python' -m pytest -n $(WORKERS) --dist loadfile \
 	--no-loadscope-reorder
 

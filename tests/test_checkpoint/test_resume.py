@@ -6,7 +6,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from toy_run import ToyModel
-from toy_runs import exit_codes, in_two_processes
+from toy_runs import exit_codes, in_processes
 
 from mmrest.checkpoint import (
     CheckpointError,
@@ -295,7 +295,7 @@ def test_two_processes(server, toy, tmp_path):
         with pytest.raises(CheckpointError, match='no whole checkpoint'):
             choose_checkpoint(str(lost))
 
-    assert exit_codes(in_two_processes(check, tmp_path)) == [0, 0]
+    assert exit_codes(in_processes(check, tmp_path)) == [0, 0]
 
 
 def test_path_of_weights_alone(run):

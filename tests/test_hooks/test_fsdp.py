@@ -15,7 +15,7 @@ from toy_runs import (
     Regressor,
     exit_codes,
     in_process,
-    in_two_processes,
+    in_processes,
     train,
 )
 
@@ -90,7 +90,7 @@ def test_clips_by_the_norm_of_the_whole_gradient(tmp_path, clip):
     ddp = dict(type='DDPStrategy', model_wrapper=dict(device_ids=None))
     for strategy in (ddp, fsdp):
         run = functools.partial(train_with, strategy=strategy)
-        assert exit_codes(in_two_processes(run, tmp_path)) == [0, 0]
+        assert exit_codes(in_processes(run, tmp_path)) == [0, 0]
     ours, theirs = (
         read_checkpoint(tmp_path / kind['type'] / 'iter_2.pth')['state_dict']
         for kind in (fsdp, ddp)

@@ -310,7 +310,7 @@ def in_process(function, *args, **kwargs):
 
 def exit_codes(processes):
     for process in processes:
-        process.join(timeout=120)
+        process.join(timeout=240)
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
@@ -318,19 +318,19 @@ def exit_codes(processes):
     return codes
 
 
-def in_two_processes(function, folder, *args, **kwargs):
-    """Call ``function(rank, ...)`` in two processes of a gloo group; the processes."""
+def in_processes(function, folder, *args, count=2, **kwargs):
+    """Call ``function(rank, ...)`` in processes of a gloo group; the processes."""
     meeting = os.path.join(tempfile.mkdtemp(dir=folder), 'meeting')
 
     def join_group(rank):
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2')
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
         dist.init_process_group(
-            'gloo', init_method=f'file://{meeting}', rank=rank, world_size=2
+            'gloo', init_method=f'file://{meeting}', rank=rank, world_size=count
         )
         torch.set_num_threads(1)
         function(rank, *args, **kwargs)
 
-    processes = [FORK.Process(target=join_group, args=(rank,)) for rank in range(2)]
+    processes = [FORK.Process(target=join_group, args=(rank,)) for rank in range(count)]
     for process in processes:
         process.start()
     return processes
@@ -350,4 +350,4 @@ def train_in_two(folder, hooks_of=lambda rank: (), **kwargs):
         )
 
     folder.mkdir(exist_ok=True)
-    return in_two_processes(train_rank, folder)
+    return in_processes(train_rank, folder)

@@ -1,24 +1,18 @@
-"""Run by torchrun: ResT under DistributedDataParallel, groups of cases in one launch.
+"""Backbones in several processes: no parameter unused, the gradients of one process.
 
-``unused``: every parameter takes part in every step, and ``variants`` the same for
-the other stems, positions and attentions. ``equal``: the processes, each with its share
-of the batch, get the gradients that one process gets from all of it. With ``_v2`` the
-same of ResTV2.
+The processes are forked, so that this file must come before those that compile.
 """
 
 import itertools
-import sys
-from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
+from rest_variants import OTHERS, TINY, VARIANTS
 from torch.nn.parallel import DistributedDataParallel
+from toy_runs import exit_codes, in_processes
 
 from mmrest import ResT, ResTV2
-from mmrest.launch import end_process_group
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # rest_variants
-from rest_variants import OTHERS, TINY, VARIANTS  # noqa: E402
 
 BATCH = 4
 # BatchNorm sees the images of its own process alone, and SyncBatchNorm needs GPUs: so
@@ -94,13 +88,33 @@ CASES = dict(
 )
 
 
-if __name__ == '__main__':
-    dist.init_process_group('gloo')
-    for group in sys.argv[1:]:
-        check, options = CASES[group]
-        cases = list(itertools.product(*options))
-        for case in cases:
+@pytest.mark.parametrize(
+    'group, processes',
+    [
+        ('unused', 2),
+        ('variants', 2),
+        ('equal', 1),
+        ('equal', 2),
+        pytest.param('equal', 4, marks=pytest.mark.slow),
+        ('unused_v2', 2),
+        ('equal_v2', 2),
+    ],
+)
+def test_in_processes(group, processes, tmp_path, capfd):
+    """``unused``: every parameter takes part in every step.
+
+    ``equal``: the processes, each with its share of the batch, get the gradients that
+    one process gets from all of it; for every ``frozen_stages``, with and without
+    ``with_cp``, frozen BN and GN.
+    """
+    check, options = CASES[group]
+
+    def check_all(rank):
+        for case in itertools.product(*options):
             check(*case)
-        if dist.get_rank() == 0:
-            print(len(cases))
-    end_process_group()  # gloo's threads at times abort a process that ends itself
+
+    found = exit_codes(in_processes(check_all, tmp_path, count=processes))
+    printed = capfd.readouterr().err
+    assert found == [0] * processes, printed[-3000:]
+    # a gradient in another layout than its parameter costs a copy in every step
+    assert 'strides do not match' not in printed
