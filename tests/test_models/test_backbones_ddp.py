@@ -61,12 +61,14 @@ def check_unused(
 def check_equal(kind: type, frozen_stages: int, with_cp: bool, norm: dict) -> None:
     share = BATCH // dist.get_world_size()
     first = share * dist.get_rank()
-    images = torch.rand(BATCH, 3, 72, 104, generator=torch.Generator().manual_seed(1))
+    # in float64: what float32 rounds differently depends on the processor
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(BATCH, 3, 72, 104, generator=generator, dtype=torch.float64)
     kwargs = dict(frozen_stages=frozen_stages, **norm)
 
-    alone = build(kind, **kwargs)
+    alone = build(kind, **kwargs).double()
     loss(alone(images)).backward()
-    model = build(kind, with_cp=with_cp, **kwargs)
+    model = build(kind, with_cp=with_cp, **kwargs).double()
     ddp = DistributedDataParallel(model, find_unused_parameters=False)
     loss(ddp(images[first : first + share])).backward()
 
@@ -75,7 +77,7 @@ def check_equal(kind: type, frozen_stages: int, with_cp: bool, norm: dict) -> No
     for name, grad in found.items():
         size = expected[name].abs().max()
         error = (grad - expected[name]).abs().max()
-        assert error <= 1e-5 * size + 1e-7, f'{name}: {error} of {size}'
+        assert error <= 1e-10 * size + 1e-14, f'{name}: {error} of {size}'
 
 
 ALL_OUTPUTS = (0, 1, 2, 3)
