@@ -39,6 +39,7 @@ from .checkpoint.resume import Latest
 from .config import SCOPE, find_config
 from .datasets import fill_coco_fields
 from .datasets.preflight import PreflightError, check_config, log_report
+from .deployment.preprocessing import ExportError
 from .hooks import LabelRangeError, NonFiniteError
 from .optim.amp import DTYPES, AmpError
 from .utils.config_types import find_toolbox, type_name
@@ -62,6 +63,7 @@ EXPECTED_ERRORS = (
     NonFiniteError,
     LabelRangeError,
     ResultsError,
+    ExportError,
 )
 
 

@@ -1,0 +1,138 @@
+"""An exported file against the model that it was made from.
+
+The model predicts as its toolbox does, and the file in its own runtime.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Callable
+
+import numpy as np
+import torch
+
+from .preprocessing import ExportError
+
+Arrays = dict[str, np.ndarray]
+
+PIXELS = 0.01
+SCORE = 1e-4
+MASK = 5e-4
+# Of the size that the pipeline gives: the sides are made odd.
+SIZES = (1.0, 0.5, 0.2)
+
+
+class VerificationError(ExportError):
+    """A file that does not give what the model gives."""
+
+
+def verify(
+    run: Callable[[np.ndarray, np.ndarray], Arrays],
+    module: Any,
+    pictures: Sequence[np.ndarray],
+    resize: Callable[[np.ndarray], np.ndarray],
+) -> str:
+    """Compare a file and its model on pictures, each at three sizes.
+
+    Args:
+        run (callable): Runs the file, with an image (1, H, W, 3) and the size of the
+            picture that it was resized from. Gives arrays by name.
+        module (nn.Module): The exportable module.
+        pictures (Sequence[ndarray]): RGB, uint8.
+        resize (callable): From a picture to the size that the pipeline gives.
+
+    Returns:
+        str: What was compared.
+
+    Raises:
+        VerificationError: With what differs, in which size.
+    """
+    counts = []
+    for picture in pictures:
+        height, width = resize(picture).shape[:2]
+        for factor in SIZES:
+            shape = int(height * factor) | 1, int(width * factor) | 1
+            image = scale_picture(picture, shape)[None]
+            size = np.array(picture.shape[:2], dtype=np.int64)
+            found, expected = run(image, size), module.predict(image, size)
+            problem, count = module.compare(found, expected)
+            if problem:
+                raise VerificationError(
+                    f'{shape[0]}x{shape[1]}: the file does not give what the model '
+                    f'gives: {problem}. Nothing was written.'
+                )
+            counts.append(f'{shape[0]}x{shape[1]} ({count})')
+    return f'verified against PyTorch: {", ".join(counts)}'
+
+
+def scale_picture(picture: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """A picture in another size, (H, W, 3)."""
+    x = torch.from_numpy(picture).permute(2, 0, 1)[None].float()
+    x = torch.nn.functional.interpolate(x, shape, mode='bilinear', antialias=True)
+    return x[0].round().to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def draw_picture(shape: tuple[int, int] = (480, 640)) -> np.ndarray:
+    """Coloured rectangles on a noisy ground, for want of a picture of the task."""
+    rng = np.random.default_rng(0)
+    picture = rng.integers(90, 160, (*shape, 3), dtype=np.uint8)
+    for _ in range(12):
+        y, x = (int(rng.integers(0, side - 40)) for side in shape)
+        height, width = (int(rng.integers(20, side // 2)) for side in shape)
+        picture[y : y + height, x : x + width] = rng.integers(0, 256, 3)
+    return picture
+
+
+def compare_detections(
+    found: Arrays, expected: Arrays, threshold: float, limit: int
+) -> tuple[str, str]:
+    """Compare boxes, scores, labels and masks of a picture.
+
+    A detection whose score lies within the tolerance of the threshold, or of the last
+    one if there are as many as allowed, may be missing on either side.
+
+    Args:
+        found (dict[str, ndarray]): ``boxes`` (n, 4), ``scores``, ``labels``, and
+            ``masks`` (n, H, W) if the model has any.
+        expected (dict[str, ndarray]): The same of the model.
+        threshold (float): Score that a detection must exceed.
+        limit (int): How many detections there may be.
+
+    Returns:
+        tuple[str, str]: What differs, empty if nothing does, and what was compared.
+    """
+    pairs = pair(found, expected)
+    for own, other, name in ((found, 0, 'more'), (expected, 1, 'less')):
+        matched = {p[other] for p in pairs}
+        scores = own['scores']
+        cut = scores.min() if len(scores) >= limit else threshold
+        lost = [i for i in range(len(scores)) if i not in matched]
+        lost = [i for i in lost if scores[i] > cut + SCORE]
+        if lost:
+            first = lost[0]
+            return (
+                f'{len(lost)} detections {name} of {len(expected["scores"])}, such as '
+                f'class {own["labels"][first]} with score {scores[first]:.4f} at '
+                f'{np.round(own["boxes"][first], 2).tolist()}'
+            ), ''
+    worst = 0.0
+    for i, j in pairs if 'masks' in expected else ():
+        differing = float((found['masks'][i] != expected['masks'][j]).mean())
+        worst = max(worst, differing)
+    if worst > MASK:
+        return f'{worst:.2%} of the pixels of a mask, more than {MASK:.2%}', ''
+    return '', f'{len(pairs)} detections'
+
+
+def pair(found: Arrays, expected: Arrays) -> list[tuple[int, int]]:
+    """Indices of detections that are the same up to the tolerances."""
+    free, pairs = set(range(len(found['scores']))), []
+    for j, box in enumerate(expected['boxes']):
+        same = (
+            (np.abs(found['boxes'] - box).max(axis=1, initial=0) <= PIXELS)
+            & (np.abs(found['scores'] - expected['scores'][j]) <= SCORE)
+            & (found['labels'] == expected['labels'][j])
+        )
+        candidates = free.intersection(np.flatnonzero(same).tolist())
+        if candidates:
+            pairs.append((min(candidates), j))
+            free.remove(min(candidates))
+    return pairs

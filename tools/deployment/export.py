@@ -1,0 +1,89 @@
+"""Write a trained model as a file of ONNX, OpenVINO or PyTorch's export."""
+
+import argparse
+import copy
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import load_checkpoint
+from PIL import Image
+
+from mmrest import launch
+from mmrest.checkpoint import check_load_from, read_checkpoint
+from mmrest.utils.config_types import find_toolbox
+
+sys.path.insert(0, str(Path(__file__).parent))
+from run_exported import ExportedModel, resize  # noqa: E402
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    launch.add_config_arguments(parser)
+    parser.add_argument('checkpoint', help='path or URL of a checkpoint')
+    parser.add_argument('out', help='file to write: NAME.onnx, NAME.xml or NAME.pt2')
+    parser.add_argument(
+        '--verify',
+        nargs='+',
+        metavar='IMAGE',
+        help='pictures on which the file is compared with PyTorch, at three sizes each '
+        '[a drawn one]',
+    )
+    parser.add_argument(
+        '--no-verify', action='store_true', help='write the file without comparing'
+    )
+    parser.add_argument(
+        '--masks',
+        choices=('image', 'box'),
+        default='image',
+        help='of a Mask R-CNN: image, of the size of the picture, or box, the '
+        'probabilities in each box (28x28) [image]',
+    )
+    parser.add_argument('--opset', type=int, help="version of ONNX's operators [20]")
+    parser.add_argument(
+        '--force', action='store_true', help='replace the file if it exists'
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    with launch.short_errors('tools/deployment/export.py'):
+        export(args)
+
+
+def export(args: argparse.Namespace) -> None:
+    cfg = launch.load_config(args.config, args.cfg_options)
+    init_default_scope(find_toolbox(cfg) or 'mmengine')
+    from mmrest.deployment import export as deployment
+    from mmrest.deployment.verification import draw_picture, verify
+
+    path = Path(args.out)
+    deployment.check_format(path, verify=not args.no_verify)
+    if path.exists() and not args.force:
+        raise deployment.ExportError(f'{path} exists; give --force to replace it')
+    pictures = [np.asarray(Image.open(n).convert('RGB')) for n in args.verify or ()]
+
+    model = MODELS.build(cfg.model).eval()
+    check_load_from(model, args.checkpoint, exact=True)
+    load_checkpoint(model, args.checkpoint, map_location='cpu')
+    module = deployment.exportable(copy.deepcopy(model), args.masks == 'image')
+    checkpoint = read_checkpoint(args.checkpoint)
+    metadata = deployment.describe(module, cfg, checkpoint, args.config)
+    with deployment.staged(path) as beside:
+        program = deployment.capture(module)
+        deployment.write(program, beside, metadata, args.opset)
+        if not args.no_verify:
+            module.model = model  # as it was trained
+            to_size = partial(resize, pipeline=metadata['pipeline'])
+            is_archive = path.suffix == '.pt2'
+            kind = deployment.ExportedProgram if is_archive else ExportedModel
+            pictures = pictures or [draw_picture()]
+            print(verify(kind(beside).run, module, pictures, to_size))
+    print(f'written to {path}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,263 @@
+"""Run an exported file on pictures, without PyTorch.
+
+It needs NumPy, Pillow, and onnxruntime or openvino. :class:`ExportedModel` is what a
+service needs; copy it.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+KEY = 'mmrest'
+PRECISIONS = {'float32': 'f32', 'bfloat16': 'bf16'}
+
+
+class ExportedModel:
+    """A file of tools/deployment/export.py in its runtime.
+
+    Args:
+        path (str | Path): ``.onnx`` for ONNX Runtime, ``.xml`` for OpenVINO, its
+            ``.bin`` beside it.
+        device (str): ``'CPU'``, ``'CUDA'`` (ONNX Runtime), ``'GPU'`` (OpenVINO) or
+            what else the runtime has. Default: ``'CPU'``.
+        precision (str): Of OpenVINO: ``'float32'``, or ``'bfloat16'`` on CPUs that
+            have it, which is faster and less exact. Default: ``'float32'``.
+
+    Attributes:
+        metadata (dict): Classes, score threshold, and what is done to an image.
+
+    Raises:
+        ValueError: If the file, the device or the precision is none of those.
+    """
+
+    def __init__(self, path, device='CPU', precision='float32'):
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f'no file {path}')
+        if precision not in PRECISIONS:
+            raise ValueError(f'precision must be one of {", ".join(PRECISIONS)}')
+        if path.suffix == '.onnx':
+            if precision != 'float32':
+                raise ValueError('ONNX Runtime computes in float32; use an .xml file')
+            text, self._run = open_onnx(path, device)
+        elif path.suffix == '.xml':
+            text, self._run = open_openvino(path, device, PRECISIONS[precision])
+        else:
+            raise ValueError(f'{path}: the file must end in .onnx or .xml')
+        if not text:
+            raise ValueError(f'{path} was not made by tools/deployment/export.py')
+        self.metadata = json.loads(text)
+
+    def run(self, image, size):
+        """Run the file on images that have their size.
+
+        Args:
+            image (ndarray): Of shape (B, H, W, 3) and type uint8, RGB.
+            size (ndarray): Height and width of the picture before it was resized,
+                which boxes and masks are made for.
+
+        Returns:
+            dict[str, ndarray]: The outputs by name.
+        """
+        if image.ndim != 4 or image.shape[3] != 3 or image.dtype != np.uint8:
+            raise ValueError(
+                'an image must have the shape (batch, height, width, 3) and the type '
+                f'uint8, found {image.shape} and {image.dtype}'
+            )
+        given = dict(image=image, size=np.asarray(size, dtype=np.int64))
+        names = self.metadata['inputs']
+        results = self._run({name: given[name] for name in names})
+        return dict(zip(self.metadata['outputs'], results))
+
+    def __call__(self, picture):
+        """Predict for a picture, an array of shape (H, W, 3), RGB, of any size."""
+        picture = np.ascontiguousarray(picture)
+        if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
+            raise ValueError(
+                'a picture must have the shape (height, width, 3) and the type uint8, '
+                f'found {picture.shape} and {picture.dtype}'
+            )
+        image = resize(picture, self.metadata['pipeline'])
+        return self.run(image[None], picture.shape[:2])
+
+
+def open_onnx(path, device):
+    """Metadata of a file, and a function from inputs by name to a list of outputs."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ValueError(
+            f'{path} needs onnxruntime: pip install onnxruntime'
+        ) from error
+    names = onnxruntime.get_available_providers()
+    provider = f'{device}ExecutionProvider'
+    if provider not in names:
+        known = [name.replace('ExecutionProvider', '') for name in names]
+        raise ValueError(f'onnxruntime has no device {device}, but {", ".join(known)}')
+    session = onnxruntime.InferenceSession(str(path), providers=[provider])
+    metadata = session.get_modelmeta().custom_metadata_map
+    return metadata.get(KEY), lambda inputs: session.run(None, inputs)
+
+
+def open_openvino(path, device, precision):
+    """The same with OpenVINO."""
+    try:
+        import openvino
+    except ImportError as error:
+        raise ValueError('pip install openvino to run .xml files') from error
+    core = openvino.Core()
+    known = core.available_devices
+    if device not in known:
+        raise ValueError(f'openvino has no device {device}, but {", ".join(known)}')
+    model = core.read_model(path)
+    text = model.get_rt_info(KEY).astype(str) if model.has_rt_info(KEY) else ''
+    # else it takes bfloat16 where the CPU has it
+    options = {'INFERENCE_PRECISION_HINT': precision}
+    compiled = core.compile_model(model, device, options)
+
+    def run(inputs):
+        results = compiled(inputs)
+        return [results[output] for output in compiled.outputs]
+
+    return text, run
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def resize(picture, pipeline):
+    """Take the steps of a test pipeline that change the size of a picture."""
+    for step in pipeline:
+        height, width = picture.shape[:2]
+        if step['type'] == 'CenterCrop':
+            picture = centre_crop(picture, step['crop_size'])
+            continue
+        if step['type'] == 'ResizeEdge':
+            factor = step['scale'] / min(height, width)
+            target = int(width * factor), int(height * factor)
+        elif step.get('keep_ratio'):
+            long, short = max(step['scale']), min(step['scale'])
+            factor = min(long / max(height, width), short / min(height, width))
+            target = int(width * factor + 0.5), int(height * factor + 0.5)
+        else:
+            target = tuple(step['scale'])
+        way = step.get('interpolation', 'bilinear')
+        picture = scale(picture, target, step.get('backend', 'cv2'), way)
+    return picture
+
+
+def scale(picture, target, backend, way):
+    """Resize to (width, height) with the library that the model was tested with."""
+    if backend == 'pillow':
+        ways = Image.Resampling
+        way = {'bilinear': ways.BILINEAR, 'bicubic': ways.BICUBIC}[way]
+        return np.asarray(Image.fromarray(picture).resize(target, way))
+    import cv2
+
+    way = {'bilinear': cv2.INTER_LINEAR, 'bicubic': cv2.INTER_CUBIC}[way]
+    return cv2.resize(picture, target, interpolation=way)
+
+
+def centre_crop(picture, size):
+    """Cut a square or (height, width) out of the middle."""
+    height, width = (size, size) if isinstance(size, int) else size
+    y = max(0, int(round((picture.shape[0] - height) / 2)))
+    x = max(0, int(round((picture.shape[1] - width) / 2)))
+    return picture[y : y + height, x : x + width]
+
+
+def colour(label):
+    """A colour of a class."""
+    return tuple(int(c) for c in np.random.default_rng(label).integers(64, 256, 3))
+
+
+def draw_detections(picture, found, classes, threshold):
+    """Boxes, names and masks on a copy of a picture."""
+    canvas = picture.copy()
+    shown = [i for i, score in enumerate(found['scores']) if score >= threshold]
+    for i in shown:
+        mask = found['masks'][i] if 'masks' in found else None
+        if mask is not None and mask.dtype == bool:
+            shade = np.array(colour(found['labels'][i]))
+            canvas[mask] = (canvas[mask] * 0.5 + shade * 0.5).astype(np.uint8)
+    image = Image.fromarray(canvas)
+    pen = ImageDraw.Draw(image)
+    for i in shown:
+        label = found['labels'][i]
+        x1, y1, x2, y2 = (float(c) for c in found['boxes'][i])
+        pen.rectangle((x1, y1, x2, y2), outline=colour(label), width=2)
+        text = f'{classes[label]} {found["scores"][i]:.2f}'
+        pen.text((x1 + 3, y1 + 2), text, fill=colour(label))
+    return image
+
+
+def run_lengths(mask):
+    """A mask in COCO's uncompressed run lengths, by columns, beginning with zeros."""
+    flat = np.concatenate([[0], mask.T.reshape(-1).astype(np.int8), [0]])
+    changes = np.flatnonzero(np.diff(flat))
+    counts = np.diff(np.concatenate([[0], changes])).tolist()
+    missing = mask.size - sum(counts)
+    return dict(size=list(mask.shape), counts=counts + [missing] * (missing > 0))
+
+
+def as_json(found, classes):
+    """Detections as a list, the best first."""
+    result = []
+    for i, label in enumerate(found['labels'].tolist()):
+        entry = dict(
+            label=label,
+            name=classes[label],
+            score=float(found['scores'][i]),
+            box=[float(c) for c in found['boxes'][i]],
+        )
+        if 'masks' in found:
+            mask = found['masks'][i]
+            entry['mask'] = run_lengths(mask) if mask.dtype == bool else mask.tolist()
+        result.append(entry)
+    return result
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('file', help='an .onnx or .xml file of export.py')
+    parser.add_argument('images', nargs='+', metavar='image', help='pictures')
+    parser.add_argument(
+        '--out', required=True, help='folder for NAME.png and NAME.json of each picture'
+    )
+    parser.add_argument(
+        '--score', type=float, default=0.3, help='draw detections from here on [0.3]'
+    )
+    parser.add_argument('--device', default='CPU', help='of the runtime [CPU]')
+    parser.add_argument(
+        '--precision',
+        choices=tuple(PRECISIONS),
+        default='float32',
+        help='of OpenVINO [float32]; bfloat16 is faster and less exact',
+    )
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    out = Path(args.out)
+    try:
+        model = ExportedModel(args.file, args.device, args.precision)
+        out.mkdir(parents=True, exist_ok=True)
+        for name in args.images:
+            picture = np.asarray(Image.open(name).convert('RGB'))
+            found = model(picture)
+            stem, classes = out / Path(name).stem, model.metadata['classes']
+            image = draw_detections(picture, found, classes, args.score)
+            image.save(f'{stem}.png')
+            Path(f'{stem}.json').write_text(json.dumps(as_json(found, classes)))
+            print(f'{name}: {len(found["scores"])} detections, {stem}.png, {stem}.json')
+    except (ValueError, OSError) as error:
+        sys.exit(f'run_exported.py: {error}')
+
+
+if __name__ == '__main__':
+    main()
