@@ -43,6 +43,7 @@ KEY = 'mmrest'  # of the metadata
 EXAMPLE_SIZE = (352, 480)
 # Steps of a test pipeline that a runner must take before the file's own.
 GEOMETRY = ('Resize', 'ResizeEdge', 'CenterCrop')
+WAYS = ('bilinear', 'bicubic')
 
 
 def check_format(path: Path, verify: bool = True) -> None:
@@ -176,7 +177,7 @@ def find_classes(cfg: Config, checkpoint: Any, count: int) -> list[str]:
     """
     meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
     own = (meta or {}).get('dataset_meta') or {}
-    dataset = cfg.get('test_dataloader', {}).get('dataset') or {}
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
     kind = find_type(dataset, DATASETS) if dataset else None
     found = [own, dataset.get('metainfo') or {}, getattr(kind, 'METAINFO', {})]
     lists = [
@@ -196,11 +197,25 @@ def find_classes(cfg: Config, checkpoint: Any, count: int) -> list[str]:
 
 
 def find_geometry(cfg: Config) -> list[dict[str, Any]]:
-    """Steps of the test pipeline that change the size of an image."""
-    dataset = cfg.get('test_dataloader', {}).get('dataset') or {}
-    steps = dataset.get('pipeline') or cfg.get('test_pipeline') or []
-    steps = [dict(step, type=type_name(step)) for step in steps]
-    return [step for step in steps if step['type'] in GEOMETRY]
+    """Steps of the test pipeline that change the size of an image.
+
+    Raises:
+        ExportError: If it has other steps than these, loading and packing.
+    """
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
+    given = dataset.get('pipeline') or cfg.get('test_pipeline') or []
+    steps = [dict(step, type=type_name(step)) for step in given]
+    steps = [s for s in steps if not s['type'].startswith(('Load', 'Pack', 'Check'))]
+    for step in steps:
+        way = step.get('interpolation', 'bilinear')
+        needed = 'crop_size' if step['type'] == 'CenterCrop' else 'scale'
+        known = step['type'] in GEOMETRY and step.get(needed) is not None
+        if not known or way not in WAYS or step.get('edge', 'short') != 'short':
+            raise ExportError(
+                f'the runner of exported files cannot do the step {step} of the test '
+                'pipeline. Replace it in test_dataloader.dataset.pipeline.'
+            )
+    return steps
 
 
 # ---------------------------------------------------------------- files

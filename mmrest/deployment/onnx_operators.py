@@ -250,8 +250,12 @@ def _pyramid_roi_align(
 def _paste_masks(
     masks: Any, boxes: Any, rows: Any, columns: Any, threshold: float
 ) -> Any:
+    # one more than there are: ONNX Runtime cannot loop over none
+    masks = op.Pad(masks, _ints(0, 0, 0, 1, 0, 0))
+    boxes = op.Pad(boxes, _ints(0, 0, 1, 0))
     limit = op.Constant(value_float=threshold)
-    return _paste(masks, boxes, rows, columns, limit)
+    pasted = _paste(masks, boxes, rows, columns, limit)
+    return op.Slice(pasted, _ints(0), _ints(-1), _ints(0))
 
 
 def _adaptive_avg_pool2d(x: Any, output_size: Any) -> Any:

@@ -60,7 +60,10 @@ def verify(
                     f'gives: {problem}. Nothing was written.'
                 )
             counts.append(f'{shape[0]}x{shape[1]} ({count})')
-    return f'verified against PyTorch: {", ".join(counts)}'
+    text = f'verified against PyTorch: {", ".join(counts)}'
+    if all('(0 ' in count for count in counts):
+        text += '. Nothing was found: give --verify a picture of the task'
+    return text
 
 
 def scale_picture(picture: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -82,7 +85,12 @@ def draw_picture(shape: tuple[int, int] = (480, 640)) -> np.ndarray:
 
 
 def compare_detections(
-    found: Arrays, expected: Arrays, threshold: float, limit: int
+    found: Arrays,
+    expected: Arrays,
+    threshold: float,
+    limit: int,
+    pixels: float = PIXELS,
+    score: float = SCORE,
 ) -> tuple[str, str]:
     """Compare boxes, scores, labels and masks of a picture.
 
@@ -95,17 +103,19 @@ def compare_detections(
         expected (dict[str, ndarray]): The same of the model.
         threshold (float): Score that a detection must exceed.
         limit (int): How many detections there may be.
+        pixels (float): How far the sides of a box may differ. Default: 0.01.
+        score (float): How far scores may differ. Default: 1e-4.
 
     Returns:
         tuple[str, str]: What differs, empty if nothing does, and what was compared.
     """
-    pairs = pair(found, expected)
+    pairs = pair(found, expected, pixels, score)
     for own, other, name in ((found, 0, 'more'), (expected, 1, 'less')):
         matched = {p[other] for p in pairs}
         scores = own['scores']
         cut = scores.min() if len(scores) >= limit else threshold
         lost = [i for i in range(len(scores)) if i not in matched]
-        lost = [i for i in lost if scores[i] > cut + SCORE]
+        lost = [i for i in lost if scores[i] > cut + score]
         if lost:
             first = lost[0]
             return (
@@ -122,13 +132,15 @@ def compare_detections(
     return '', f'{len(pairs)} detections'
 
 
-def pair(found: Arrays, expected: Arrays) -> list[tuple[int, int]]:
+def pair(
+    found: Arrays, expected: Arrays, pixels: float, score: float
+) -> list[tuple[int, int]]:
     """Indices of detections that are the same up to the tolerances."""
     free, pairs = set(range(len(found['scores']))), []
     for j, box in enumerate(expected['boxes']):
         same = (
-            (np.abs(found['boxes'] - box).max(axis=1, initial=0) <= PIXELS)
-            & (np.abs(found['scores'] - expected['scores'][j]) <= SCORE)
+            (np.abs(found['boxes'] - box).max(axis=1, initial=0) <= pixels)
+            & (np.abs(found['scores'] - expected['scores'][j]) <= score)
             & (found['labels'] == expected['labels'][j])
         )
         candidates = free.intersection(np.flatnonzero(same).tolist())

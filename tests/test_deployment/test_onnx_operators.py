@@ -75,8 +75,9 @@ def test_attention_stores_no_map():
         exact = Attention()(*(x.double() for x in inputs))
         for name, run in runtimes.items():
             for found, expected in zip(run(*inputs), exact):
+                floor = 2e-5 * float(expected.abs().max())
                 np.testing.assert_allclose(
-                    found, expected, rtol=1e-4, atol=2e-5, err_msg=name
+                    found, expected, rtol=1e-4, atol=floor, err_msg=name
                 )
 
 
@@ -95,7 +96,7 @@ class Steps(nn.Module):
 
 
 def test_steps_of_a_detector():
-    """NMS, RoIAlign on levels, masks and pooling, and none of them if no box is left."""
+    """NMS, RoIAlign on levels, masks and pooling, also where no box is left."""
     from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
 
     def draw(height, width, count):

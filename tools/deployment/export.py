@@ -13,6 +13,7 @@ from PIL import Image
 
 from mmrest import launch
 from mmrest.checkpoint import check_load_from, read_checkpoint
+from mmrest.deployment.preprocessing import ExportError
 from mmrest.utils.config_types import find_toolbox
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -51,7 +52,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     with launch.short_errors('tools/deployment/export.py'):
-        export(args)
+        try:
+            export(args)
+        except OSError as error:  # of a picture or of the file
+            raise ExportError(str(error)) from error
 
 
 def export(args: argparse.Namespace) -> None:
@@ -63,7 +67,7 @@ def export(args: argparse.Namespace) -> None:
     path = Path(args.out)
     deployment.check_format(path, verify=not args.no_verify)
     if path.exists() and not args.force:
-        raise deployment.ExportError(f'{path} exists; give --force to replace it')
+        raise ExportError(f'{path} exists; give --force to replace it')
     pictures = [np.asarray(Image.open(n).convert('RGB')) for n in args.verify or ()]
 
     model = MODELS.build(cfg.model).eval()
@@ -71,7 +75,7 @@ def export(args: argparse.Namespace) -> None:
     load_checkpoint(model, args.checkpoint, map_location='cpu')
     module = deployment.exportable(copy.deepcopy(model), args.masks == 'image')
     checkpoint = read_checkpoint(args.checkpoint)
-    metadata = deployment.describe(module, cfg, checkpoint, args.config)
+    metadata = deployment.describe(module, cfg, checkpoint, Path(args.config).name)
     with deployment.staged(path) as beside:
         program = deployment.capture(module)
         deployment.write(program, beside, metadata, args.opset)

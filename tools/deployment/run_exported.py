@@ -137,14 +137,15 @@ def resize(picture, pipeline):
             picture = centre_crop(picture, step['crop_size'])
             continue
         if step['type'] == 'ResizeEdge':
-            factor = step['scale'] / min(height, width)
-            target = int(width * factor), int(height * factor)
+            side, short = step['scale'], min(height, width)
+            target = int(side * width / short), int(side * height / short)
         elif step.get('keep_ratio'):
             long, short = max(step['scale']), min(step['scale'])
             factor = min(long / max(height, width), short / min(height, width))
             target = int(width * factor + 0.5), int(height * factor + 0.5)
         else:
-            target = tuple(step['scale'])
+            both = step['scale']
+            target = (both, both) if isinstance(both, int) else tuple(both)
         way = step.get('interpolation', 'bilinear')
         picture = scale(picture, target, step.get('backend', 'cv2'), way)
     return picture
@@ -204,7 +205,7 @@ def run_lengths(mask):
     return dict(size=list(mask.shape), counts=counts + [missing] * (missing > 0))
 
 
-def as_json(found, classes):
+def list_detections(found, classes):
     """Detections as a list, the best first."""
     result = []
     for i, label in enumerate(found['labels'].tolist()):
@@ -219,6 +220,31 @@ def as_json(found, classes):
             entry['mask'] = run_lengths(mask) if mask.dtype == bool else mask.tolist()
         result.append(entry)
     return result
+
+
+def colour_labels(picture, labels):
+    """A picture with the colours of its labels."""
+    palette = np.array([colour(i) for i in range(int(labels.max()) + 1)])
+    return Image.fromarray((picture * 0.5 + palette[labels] * 0.5).astype(np.uint8))
+
+
+def report(found, picture, metadata, threshold):
+    """What is written of a picture: an image, and what goes into the JSON file."""
+    classes = metadata['classes']
+    if metadata['task'] == 'detection':
+        image = draw_detections(picture, found, classes, threshold)
+        return image, list_detections(found, classes)
+    if metadata['task'] == 'segmentation':
+        labels = found['labels'][0]
+        shares = np.bincount(labels.reshape(-1), minlength=len(classes)) / labels.size
+        return colour_labels(picture, labels), dict(zip(classes, shares.tolist()))
+    scores = found['scores'][0]
+    best = np.argsort(-scores)[:5].tolist()
+    result = [dict(label=i, name=classes[i], score=float(scores[i])) for i in best]
+    image = Image.fromarray(picture)
+    text = f'{result[0]["name"]} {result[0]["score"]:.2f}'
+    ImageDraw.Draw(image).text((4, 4), text, fill=colour(best[0]))
+    return image, result
 
 
 def parse_args():
@@ -250,11 +276,14 @@ def main():
         for name in args.images:
             picture = np.asarray(Image.open(name).convert('RGB'))
             found = model(picture)
-            stem, classes = out / Path(name).stem, model.metadata['classes']
-            image = draw_detections(picture, found, classes, args.score)
+            image, content = report(found, picture, model.metadata, args.score)
+            stem = out / Path(name).stem
             image.save(f'{stem}.png')
-            Path(f'{stem}.json').write_text(json.dumps(as_json(found, classes)))
-            print(f'{name}: {len(found["scores"])} detections, {stem}.png, {stem}.json')
+            if model.metadata['task'] == 'segmentation':
+                labels = found['labels'][0].astype(np.uint8)
+                Image.fromarray(labels).save(f'{stem}_labels.png')
+            Path(f'{stem}.json').write_text(json.dumps(content))
+            print(f'{name}: {stem}.png, {stem}.json')
     except (ValueError, OSError) as error:
         sys.exit(f'run_exported.py: {error}')
 

@@ -1,0 +1,103 @@
+"""Tiny models of every task, with checkpoints whose detections are far apart."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+
+PIPELINE = """
+test_dataloader = dict(
+    dataset=dict(
+        metainfo=dict(classes=('a', 'b', 'c')),
+        pipeline=[dict(type='Resize', scale=(160, 120), keep_ratio=True,
+                       backend='pillow')],
+    )
+)
+"""
+BACKBONE = """dict(
+        arch=dict(
+            _delete_=True,
+            embed_dims=[8, 16, 32, 64],
+            num_heads=[1, 2, 4, 8],
+            depths=[1, 1, 1, 1],
+            sr_ratios=[8, 4, 2, 1],
+            mlp_ratios=2,
+        ),
+        init_cfg=None,
+    )"""
+CONFIGS = dict(
+    retinanet="""
+_base_ = 'mmrest::retinanet/{arch}_fpn_1x.py'
+model = dict(
+    backbone={backbone},
+    neck=dict(in_channels=[16, 32, 64], out_channels=16),
+    bbox_head=dict(in_channels=16, feat_channels=16, stacked_convs=1, num_classes=3),
+)""",
+    mask_rcnn="""
+_base_ = 'mmrest::mask_rcnn/{arch}_fpn_1x.py'
+model = dict(
+    backbone={backbone},
+    neck=dict(in_channels=[8, 16, 32, 64], out_channels=16),
+    rpn_head=dict(in_channels=16, feat_channels=16),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=16),
+        bbox_head=dict(in_channels=16, fc_out_channels=32, num_classes=3),
+        mask_roi_extractor=dict(out_channels=16),
+        mask_head=dict(
+            in_channels=16, conv_out_channels=16, num_convs=1, num_classes=3
+        ),
+    ),
+    test_cfg=dict(rpn=dict(max_per_img=40), rcnn=dict(max_per_img=20)),
+)""",
+    upernet="""
+_base_ = 'mmrest::upernet/{arch}_upernet_160k_ade20k_512x512.py'
+model = dict(
+    backbone={backbone},
+    decode_head=dict(in_channels=[8, 16, 32, 64], channels=16, num_classes=3),
+    auxiliary_head=None,
+)""",
+    semantic_fpn="""
+_base_ = 'mmrest::semantic_fpn/{arch}_fpn_80k_ade20k_512x512.py'
+model = dict(
+    backbone={backbone},
+    neck=dict(in_channels=[8, 16, 32, 64], out_channels=16),
+    decode_head=dict(in_channels=[16, 16, 16, 16], channels=16, num_classes=3),
+)""",
+    classifier="""
+_base_ = 'mmrest::imagenet/{arch}_8xb128_in1k.py'
+model = dict(
+    backbone={backbone},
+    data_preprocessor=dict(num_classes=3),
+    head=dict(in_channels=64, num_classes=3),
+    train_cfg=None,
+)""",
+)
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
+    """Make a config and a checkpoint of a task: trained(task, arch)."""
+    folder = tmp_path_factory.mktemp('trained')
+
+    def make(task, arch='rest_lite'):
+        config, checkpoint = (folder / f'{task}_{arch}{e}' for e in ('.py', '.pth'))
+        if not config.exists():
+            text = CONFIGS[task].format(arch=arch, backbone=BACKBONE)
+            config.write_text(text + PIPELINE)
+            cfg = Config.fromfile(config)
+            init_default_scope(cfg.default_scope)
+            torch.manual_seed(0)
+            model = MODELS.build(cfg.model)
+            for name, parameter in model.named_parameters():
+                if parameter.dim() > 1:
+                    nn.init.kaiming_normal_(parameter)
+                    # no score may saturate, and no box explode
+                    last = ('retina_cls', 'rpn_cls', 'fc_cls', 'reg')
+                    parameter.data *= 0.3 if any(n in name for n in last) else 1.0
+            torch.save(dict(state_dict=model.state_dict(), meta={}), checkpoint)
+        return config, checkpoint
+
+    return make
