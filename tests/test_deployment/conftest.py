@@ -8,6 +8,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
+import mmrest  # noqa: F401, the scope mmrest:: of configs
+
 PIPELINE = """
 test_dataloader = dict(
     dataset=dict(
@@ -92,7 +94,9 @@ def trained(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
             torch.manual_seed(0)
             model = MODELS.build(cfg.model)
             for name, parameter in model.named_parameters():
-                if parameter.dim() > 1:
+                # the backbone as it is drawn: with larger weights rounding alone
+                # moves boxes by more than the bounds, in PyTorch too
+                if parameter.dim() > 1 and not name.startswith('backbone'):
                     nn.init.kaiming_normal_(parameter)
                     # no score may saturate, and no box explode
                     last = ('retina_cls', 'rpn_cls', 'fc_cls', 'reg')
