@@ -22,6 +22,7 @@ from mmcv.cnn import fuse_conv_bn
 from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
+from mmengine.utils import digit_version
 from torch import nn
 from torch.fx.experimental import _config as shapes
 
@@ -37,6 +38,7 @@ FORMATS = {
     '.xml': (('onnx', 'onnxscript', 'openvino'), ('openvino',)),
     '.pt2': ((), ()),
 }
+OLDEST_TORCH = '2.9'  # programs without guards
 OPSET = 20
 KEY = 'mmrest'  # of the metadata
 # Large enough that no map of a detector has a side of 1.
@@ -50,11 +52,15 @@ def check_format(path: Path, verify: bool = True) -> None:
     """Check that a file of this name can be written, and run.
 
     Raises:
-        ExportError: If the ending is unknown or a package is missing.
+        ExportError: If the ending is unknown, or a package is missing or too old.
     """
     if path.suffix not in FORMATS:
         raise ExportError(
             f'the file must end in {", ".join(FORMATS)}, found {path.name!r}'
+        )
+    if digit_version(torch.__version__) < digit_version(OLDEST_TORCH):
+        raise ExportError(
+            f'exporting needs torch {OLDEST_TORCH} or later, found {torch.__version__}'
         )
     writing, running = FORMATS[path.suffix]
     missing = [p for p in (*writing, *running * verify) if find_spec(p) is None]
