@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import threading
 from pathlib import Path
@@ -41,6 +42,13 @@ def no_layout():
             name = f'{module}.FormatCode'
             patch.setattr(name, lambda text, **_: (text, False), raising=False)
         yield own
+
+
+@pytest.fixture(autouse=True, scope='session')
+def sigint_for_children() -> None:
+    """A shell lets what it starts in the background ignore SIGINT, children too."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
