@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from mmseg.models.utils import Upsample
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
@@ -44,6 +45,10 @@ class Segmentor(nn.Module):
             pad_value=given.pad_val,
         )
         self.model, self.num_classes = model, head.num_classes
+        for module in list(model.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, Upsample):
+                    setattr(module, name, _with_free_sizes(child))
 
     def forward(self, image: Tensor, size: Tensor) -> Tensor:
         """Predict.
@@ -84,3 +89,8 @@ class Segmentor(nn.Module):
         if differing > MASK:
             return f'{differing:.2%} of the labels, more than {MASK:.2%}', ''
         return '', f'{len(np.unique(expected["labels"]))} classes'
+
+
+def _with_free_sizes(layer: Upsample) -> nn.Module:
+    """The same layer; MMSegmentation's ``int(size * factor)`` records the example's."""
+    return nn.Upsample(layer.size, layer.scale_factor, layer.mode, layer.align_corners)

@@ -52,7 +52,7 @@ def load_from(evil, config, folder):
 def init_cfg(evil, config, folder):
     init = dict(type='Pretrained', checkpoint=str(evil))
     with config.open('a') as file:
-        file.write(f"model['backbone']['init_cfg'] = {init}\n")
+        file.write(f"\nmodel['backbone']['init_cfg'] = {init}\n")
     return ['train.py', config]
 
 
