@@ -22,7 +22,7 @@ from .classifier import (
     load_published_classifier,
     to_image_classifier,
 )
-from .load_from import check_load_from, check_parent_init
+from .load_from import check_content, check_load_from, check_parent_init
 from .loading import LoadReport, load_pretrained, pretrained_options
 from .reading import CheckpointError, CheckpointNotFoundError, read_checkpoint
 from .resume import choose_checkpoint, find_latest, inspect_latest
@@ -37,6 +37,7 @@ __all__ = [
     'LoadReport',
     'PublishedClassifierHook',
     'allow_mmengine_checkpoints',
+    'check_content',
     'check_load_from',
     'check_parent_init',
     'choose_checkpoint',

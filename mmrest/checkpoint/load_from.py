@@ -90,10 +90,9 @@ def check_load_from(
                 checkpoint, dict
             ):
                 hook.after_load_checkpoint(None, checkpoint)
-        tensors = as_mmengine_reads(checkpoint, path)
-        wrapper = next((k for k in ('model', 'state_dict_ema') if k in checkpoint), '')
-        new = None if exact else allow_missing
-        _judge(model, target, path, tensors, new, wrapper)
+        _judge_content(
+            model, target, path, checkpoint, None if exact else allow_missing
+        )
 
     if '://' in os.fspath(path):
         check()  # to download it takes all processes
@@ -101,10 +100,37 @@ def check_load_from(
         on_first_process(check)
 
 
+def check_content(model: nn.Module, checkpoint: Any, source: Source) -> None:
+    """Check a checkpoint that was read already, and that MMEngine is about to load.
+
+    Args:
+        model (nn.Module): What it is for; names and shapes must be those of it.
+        checkpoint (Any): What :func:`read_checkpoint` returned.
+        source (str | Path): Where it came from, for messages.
+
+    Raises:
+        CheckpointError: If MMEngine would load nothing or less than is meant.
+    """
+    model = _unwrapped(model)
+    _judge_content(model, tensors_of(model), source, checkpoint)
+
+
 def _unwrapped(model: Any) -> nn.Module:
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     return model
+
+
+def _judge_content(
+    model: nn.Module,
+    target: dict[str, Tensor],
+    source: Source,
+    checkpoint: Any,
+    new_in_backbone: Optional[Sequence[str]] = None,
+) -> None:
+    tensors = as_mmengine_reads(checkpoint, source)
+    wrapper = next((k for k in ('model', 'state_dict_ema') if k in checkpoint), '')
+    _judge(model, target, source, tensors, new_in_backbone, wrapper)
 
 
 def _judge(

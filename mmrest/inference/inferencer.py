@@ -21,11 +21,9 @@ from mmengine.device import get_device
 from mmengine.registry import DATASETS, init_default_scope
 from torch import nn
 
-from ..checkpoint import CheckpointError, check_load_from, read_checkpoint
+from ..checkpoint import CheckpointError, check_content, read_checkpoint
 from ..checkpoint.classifier import PublishedClassifierHook
 from ..checkpoint.reading import Source
-from ..checkpoint.resume import Latest
-from ..checkpoint.state_dict import as_mmengine_reads
 from ..launch import LaunchError, load_config
 from ..optim.amp import test_with_amp
 from ..utils.config_types import TOOLBOXES, find_toolbox, find_type, type_name
@@ -208,7 +206,7 @@ class _Classification(Inferencer):
 
         PublishedClassifierHook().after_load_checkpoint(None, checkpoint)
         model = get_model(cfg, device=device)
-        _check(model, checkpoint, source)
+        check_content(model, checkpoint, source)
         _load_checkpoint_to_model(model, checkpoint)
         meta = _dataset_meta(checkpoint, cfg, model)
         base = ImageClassificationInferencer(
@@ -341,11 +339,6 @@ def _for_inference(cfg: Config) -> Config:
 _VISUALIZERS = dict(mmdet='DetLocalVisualizer', mmseg='SegLocalVisualizer')
 
 
-def _check(model: Any, checkpoint: dict, source: Source) -> None:
-    tensors = as_mmengine_reads(checkpoint, source)
-    check_load_from(model, Latest(str(source), None, -1, state_dict=tensors))
-
-
 def _dataset_meta(checkpoint: dict, cfg: Config, model: nn.Module) -> dict:
     """Class names of a checkpoint, or else of its config, or else their numbers."""
     meta = checkpoint.get('meta') or {}
@@ -370,7 +363,7 @@ def _checked(kind: type, checkpoint: dict, source: Source) -> type:
 
     class Checked(kind):
         def _load_weights_to_model(self, model: Any, _: Any, cfg: Any) -> None:
-            _check(model, checkpoint, source)
+            check_content(model, checkpoint, source)
             meta = dict(checkpoint.get('meta') or {})
             meta['dataset_meta'] = _dataset_meta(checkpoint, cfg, model)
             super()._load_weights_to_model(model, dict(checkpoint, meta=meta), cfg)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner import load_checkpoint
+from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from PIL import Image
 
 from mmrest import launch
-from mmrest.checkpoint import check_load_from, read_checkpoint
+from mmrest.checkpoint import check_content, read_checkpoint
 from mmrest.deployment.preprocessing import ExportError
 from mmrest.utils.config_types import find_toolbox
 
@@ -71,10 +71,10 @@ def export(args: argparse.Namespace) -> None:
     pictures = [np.asarray(Image.open(n).convert('RGB')) for n in args.verify or ()]
 
     model = MODELS.build(cfg.model).eval()
-    check_load_from(model, args.checkpoint, exact=True)
-    load_checkpoint(model, args.checkpoint, map_location='cpu')
-    module = deployment.exportable(copy.deepcopy(model), args.masks == 'image')
     checkpoint = read_checkpoint(args.checkpoint)
+    check_content(model, checkpoint, args.checkpoint)
+    _load_checkpoint_to_model(model, checkpoint)
+    module = deployment.exportable(copy.deepcopy(model), args.masks == 'image')
     metadata = deployment.describe(module, cfg, checkpoint, Path(args.config).name)
     with deployment.staged(path) as beside:
         program = deployment.capture(module)
