@@ -10,7 +10,7 @@ the published ones: ``stages.0.1`` is ``stage1.1``, ``patch_embeds.0`` is
 
 import pickle
 import re
-from typing import Any, Callable
+from typing import Any, Callable, Union
 
 import numpy as np
 import torch
@@ -26,14 +26,12 @@ def is_paddle(path: str) -> bool:
         return file.read(1) == pickle.PROTO
 
 
-def read_paddle(path: str, map_location: Any = 'cpu') -> dict[str, Any]:
+def read_paddle(path: str, device: Union[str, torch.device] = 'cpu') -> dict[str, Any]:
     """Read a file.
 
     Args:
         path (str): The file.
-        map_location (str | torch.device | dict | callable): The device; a dict or
-            callable, of which only ``torch.load`` makes use, means the CPU.
-            Default: ``'cpu'``.
+        device (str | torch.device): Where the tensors go. Default: ``'cpu'``.
 
     Returns:
         dict[str, Any]: What the file holds, with tensors for arrays and with the names
@@ -47,8 +45,7 @@ def read_paddle(path: str, map_location: Any = 'cpu') -> dict[str, Any]:
         content = _ArrayUnpickler(file).load()
     if not isinstance(content, dict):
         raise ValueError(f'it holds a {type(content).__name__}, not a dict of arrays')
-    named = isinstance(map_location, (str, torch.device))
-    return _convert(content, map_location if named else 'cpu')
+    return _convert(content, device)
 
 
 # Python's own: for a file of a few bytes the one in C would allocate 32 GB of memo

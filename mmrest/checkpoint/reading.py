@@ -158,10 +158,13 @@ def read_file(path: str, where: str, map_location: Any = 'cpu') -> Any:
     if foreign:
         raise CheckpointError(f'{where} is not a usable checkpoint. {foreign}')
     try:
+        # a dict or callable means something to torch.load alone
+        named = isinstance(map_location, (str, torch.device))
+        device = map_location if named else 'cpu'
         if safetensors:
-            return read_safetensors(path, map_location)
+            return read_safetensors(path, device)
         if is_paddle(path):
-            return read_paddle(path, map_location)
+            return read_paddle(path, device)
         with stand_ins_only():
             return torch.load(path, map_location=map_location, weights_only=True)
     except ImportError as error:

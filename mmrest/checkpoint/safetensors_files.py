@@ -7,7 +7,7 @@ as JSON in the text.
 import json
 import os
 from types import ModuleType
-from typing import Any
+from typing import Any, Union
 
 import torch
 
@@ -23,14 +23,14 @@ def is_safetensors(path: str) -> bool:
     return head[8:] == b'{' and length <= os.path.getsize(path) - 8
 
 
-def read_safetensors(path: str, map_location: Any = 'cpu') -> dict[str, dict]:
+def read_safetensors(
+    path: str, device: Union[str, torch.device] = 'cpu'
+) -> dict[str, dict]:
     """Read a file.
 
     Args:
         path (str): The file.
-        map_location (str | torch.device | dict | callable): The device; a dict or
-            callable, of which only ``torch.load`` makes use, means the CPU.
-            Default: ``'cpu'``.
+        device (str | torch.device): Where the tensors go. Default: ``'cpu'``.
 
     Returns:
         dict[str, dict]: The tensors under ``state_dict``, and ``meta``, empty if
@@ -39,9 +39,7 @@ def read_safetensors(path: str, map_location: Any = 'cpu') -> dict[str, dict]:
     Raises:
         ImportError: If safetensors is not installed.
     """
-    named = isinstance(map_location, (str, torch.device))
-    device = str(map_location) if named else 'cpu'
-    with _library().safe_open(path, framework='pt', device=device) as file:
+    with _library().safe_open(path, framework='pt', device=str(device)) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         meta = json.loads((file.metadata() or {}).get(_META, '{}'))
     return dict(state_dict=tensors, meta=meta)
