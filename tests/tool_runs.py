@@ -69,10 +69,10 @@ def call_tool(repo, tool, *args, cwd, fails=False):
 class Started:
     """A tool as a process whose output goes into a file of a folder.
 
-    It imports what lies in that folder.
+    It imports what lies in that folder. ``variables`` are added to its environment.
     """
 
-    def __init__(self, repo, folder, tool, *args):
+    def __init__(self, repo, folder, tool, *args, **variables):
         self._path = folder / f'output{len(list(folder.glob("output*")))}'
         environment = environment_of(repo)
         environment['PYTHONPATH'] += f'{os.pathsep}{folder}'
@@ -80,7 +80,7 @@ class Started:
             self.process = subprocess.Popen(
                 command_of(repo, tool, args),
                 cwd=folder,
-                env=dict(environment, PYTHONUNBUFFERED='1'),
+                env=dict(environment, PYTHONUNBUFFERED='1', **variables),
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )

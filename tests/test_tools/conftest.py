@@ -193,8 +193,8 @@ def start(repo, tmp_path):
 
     started = []
 
-    def start_tool(*args):
-        started.append(Started(repo, tmp_path, *args))
+    def start_tool(*args, **variables):
+        started.append(Started(repo, tmp_path, *args, **variables))
         return started[-1]
 
     yield start_tool
