@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import settings
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
+from mmengine.registry import DefaultScope, init_default_scope
 from tool_process import command_of, environment_of
 from tool_runs import call_tool
 from yapf.yapflib import yapf_api
@@ -56,6 +56,16 @@ def _seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_scope():
+    """No default scope, as in a fresh process, until the test ends."""
+    saved = dict(DefaultScope._instance_dict)
+    DefaultScope._instance_dict.clear()
+    yield
+    DefaultScope._instance_dict.clear()
+    DefaultScope._instance_dict.update(saved)
 
 
 @pytest.fixture(scope='session')

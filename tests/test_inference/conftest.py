@@ -6,22 +6,16 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
+from rest_variants import TINY
 from tool_runs import own_process
 
-ARCH = dict(
-    embed_dims=[8, 16, 24, 32],
-    num_heads=[1, 2, 3, 4],
-    depths=[1, 1, 1, 1],
-    sr_ratios=[8, 4, 2, 1],
-    mlp_ratios=2,
-)
-BACKBONE = f'backbone=dict(arch=dict(_delete_=True, **{ARCH!r}), init_cfg=None)'
+BACKBONE = f'backbone=dict(arch=dict(_delete_=True, **{TINY!r}), init_cfg=None)'
 CONFIGS = {
     'mmdet': f"""
 _base_ = 'mmrest::mask_rcnn/rest_lite_fpn_1x.py'
 model = dict(
     {BACKBONE},
-    neck=dict(in_channels={ARCH['embed_dims']}, out_channels=16),
+    neck=dict(in_channels={TINY['embed_dims']}, out_channels=16),
     rpn_head=dict(in_channels=16, feat_channels=16),
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=16),
@@ -48,7 +42,7 @@ test_dataloader = dict(dataset=dict(pipeline=pipeline, metainfo=metainfo))
 _base_ = 'mmrest::semantic_fpn/rest_lite_fpn_80k_ade20k_512x512.py'
 model = dict(
     {BACKBONE},
-    neck=dict(in_channels={ARCH['embed_dims']}, out_channels=16),
+    neck=dict(in_channels={TINY['embed_dims']}, out_channels=16),
     decode_head=dict(in_channels=[16] * 4, channels=16, num_classes=2),
     test_cfg=dict(_delete_=True, mode='whole'),
 )

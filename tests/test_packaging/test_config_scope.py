@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 from mmengine.registry import HOOKS as ROOT_HOOKS
-from mmengine.registry import MODELS, DefaultScope, init_default_scope
+from mmengine.registry import MODELS, init_default_scope
 
 from mmrest.config import config_root, find_config, main, write_config
+
+pytestmark = pytest.mark.usefixtures('no_scope')
 
 # one of each folder
 CONFIGS = {
@@ -24,15 +26,6 @@ SMALL = dict(
     sr_ratios=[8, 4, 2, 1],
     mlp_ratios=[1, 1, 1, 1],
 )
-
-
-@pytest.fixture(autouse=True)
-def _no_scope():
-    saved = dict(DefaultScope._instance_dict)
-    DefaultScope._instance_dict.clear()
-    yield
-    DefaultScope._instance_dict.clear()
-    DefaultScope._instance_dict.update(saved)
 
 
 def without_scope(part):

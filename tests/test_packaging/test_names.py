@@ -13,20 +13,13 @@ import mmrest
 from mmrest import weights
 from mmrest.utils.results import read_index
 
+pytestmark = pytest.mark.usefixtures('no_scope')
+
 MODELS = {
     'retinanet/rest_lite_fpn_1x.py': 'RetinaNet',
     'semantic_fpn/rest_lite_fpn_80k_ade20k_512x512.py': 'EncoderDecoder',
     'imagenet/rest_lite_8xb128_in1k.py': 'ImageClassifier',
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_scope():
-    saved = dict(DefaultScope._instance_dict)
-    DefaultScope._instance_dict.clear()
-    yield
-    DefaultScope._instance_dict.clear()
-    DefaultScope._instance_dict.update(saved)
 
 
 @pytest.mark.parametrize('scope', ['mmrest', 'mmdet'])
