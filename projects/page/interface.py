@@ -15,6 +15,7 @@ from PIL import Image
 from mmrest.inference import InferenceError, Inferencer, attend, read_image
 from mmrest.inference.attention_pictures import draw_stage
 from mmrest.inference.inputs import ImageError
+from mmrest.inference.outputs import write_picture
 
 MAX_SIDE = 1600  # pixels; larger pictures are shown, and drawn on, smaller
 MIN_SIDE = 480  # smaller pictures are shown larger
@@ -83,7 +84,7 @@ class Page:
         stem = Path(opened.name).stem
         folder = Path(tempfile.mkdtemp(dir=self.folder))
         picture = folder / f'{stem}_found.jpg'
-        cv2.imwrite(str(picture), np.concatenate(pictures, axis=1))
+        write_picture(picture, np.concatenate(pictures, axis=1))
         text = folder / f'{stem}_found.json'
         height, width = opened.image.shape[:2]
         content = dict(
