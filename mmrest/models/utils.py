@@ -71,7 +71,7 @@ def depthwise_conv(
 def reduce_map(conv: nn.Module, x: Tensor) -> Tensor:
     """Call the strided depthwise convolution that keys and values come from.
 
-    On a CPU its gradients take 5 to 13 times as long in bfloat16 as in float32, so that
+    On a CPU its gradients take 5 to 14 times as long in bfloat16 as in float32, so that
     training under autocast computes it in float32.
 
     Args:
