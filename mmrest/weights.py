@@ -12,6 +12,7 @@ and evaluated them again.
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import io
 import os
@@ -241,35 +242,72 @@ def _sources(name: str, origin: Optional[str], start: Optional[str]) -> list[Sou
 
 
 def _fetch_from(source: Source, path: Path, name: str) -> None:
+    gdown, page, broken = _import_gdown()
     folder = path.parent / _UNFINISHED
     file = folder / f'{name}-{Path(source.origin).stem}{source.suffix}'
-    try:
-        _download(source, file, name)
+    with _one_at_a_time(path.parent):
+        if path.exists():  # another process fetched it meanwhile
+            check(path, name)
+            return
         try:
-            _check_bytes(file, source)
-            tensors = check(file, name)
-        except CheckpointError:
+            _download(source, file, name, gdown, page, broken)
+            try:
+                _check_bytes(file, source)
+                tensors = check(file, name)
+            except CheckpointError:
+                file.unlink()
+                raise
+            _put_in_place(tensors, path)
             file.unlink()
-            raise
-        _put_in_place(tensors, path)
-        file.unlink()
-    finally:
-        with contextlib.suppress(OSError):  # it is not there, or not empty
-            folder.rmdir()
+        finally:
+            with contextlib.suppress(OSError):  # it is not there, or not empty
+                folder.rmdir()
 
 
-def _download(source: Source, file: Path, name: str) -> None:
+def _import_gdown() -> tuple[Any, type[Exception], type[Exception]]:
+    """The package, its error for a page instead of the file, and that for a break."""
     try:
-        gdown: Any = import_module('gdown')
-        errors = import_module('gdown.exceptions')
-        page, broken = errors.FileURLRetrievalError, errors.DownloadError
+        errors: Any = import_module('gdown.exceptions')
+        return (
+            import_module('gdown'),
+            errors.FileURLRetrievalError,
+            errors.DownloadError,
+        )
     except (ImportError, AttributeError) as error:
         raise WeightsError(
             'downloading needs the package gdown, 6.5 or later, and Python 3.10 or '
             "later: pip install 'mmrest[weights]'"
         ) from error
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let other processes that fetch into the folder wait, as the ranks of a run do."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise WeightsError(
+            f'{folder} could not be made or opened: {error.strerror}'
+        ) from error
+    try:
+        with contextlib.suppress(OSError):  # of a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _download(
+    source: Source,
+    file: Path,
+    name: str,
+    gdown: Any,
+    page: type[Exception],
+    broken: type[Exception],
+) -> None:
+    try:
+        file.parent.mkdir(exist_ok=True)
         url = source.drive_id
         if not is_url(url):
             url = f'{DRIVE}/uc?id={_find_in_folder(gdown, source, name)}'

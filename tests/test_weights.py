@@ -10,6 +10,7 @@ import re
 import resource
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -206,6 +207,16 @@ def test_breaks_are_continued(drive, folder):
     assert_whole(folder / 'rest_lite.pth')
     first, second, third = (start for start in drive.starts if start)
     assert 0 < first <= second <= third
+
+
+def test_two_at_once(drive, folder):
+    """As the ranks of a run do: the second waits, and takes what is there then."""
+    drive.folder = {'rest_lite.pth': FILE_IN_FOLDER}
+    drive.files[FILE_IN_FOLDER] = pth()
+    with ThreadPoolExecutor(2) as pool:
+        for _ in pool.map(weights.fetch, ['rest_lite'] * 2):
+            assert_whole(folder / 'rest_lite.pth')
+    assert len(drive.starts) == 1
 
 
 def test_source_that_cannot_continue(drive, folder):
