@@ -336,5 +336,7 @@ class ExportedProgram:
         """Run the program on images (B, H, W, 3) of pictures of a size."""
         given = dict(image=torch.from_numpy(image), size=torch.from_numpy(size))
         results = self._module(*(given[name] for name in self.metadata['inputs']))
+        if isinstance(results, torch.Tensor):  # the only one
+            results = (results,)
         names = self.metadata['outputs']
         return {name: x.numpy() for name, x in zip(names, results)}

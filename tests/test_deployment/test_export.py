@@ -1,28 +1,58 @@
 """tools/deployment: files of every task and format, and what cannot be exported."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from mmcv.transforms import LoadImageFromFile
+from mmengine.config import Config
 from PIL import Image
+from torch import nn
+from weights_rule import fill
+
+from mmrest import ResT
 
 pytest.importorskip('onnxruntime', reason='needs the extra [deploy]')
 pytest.importorskip('openvino', reason='needs the extra [deploy]')
 pytest.importorskip('onnxscript', reason='needs the extra [deploy]')
 
 EXPORT = 'deployment/export.py'
+PUBLISHED = """
+_base_ = 'mmrest::imagenet/rest_lite_8xb128_in1k.py'
+model = dict(
+    backbone=dict(
+        arch=dict(
+            _delete_=True,
+            embed_dims=[4, 4, 4, 4],
+            num_heads=[1, 2, 2, 2],
+            depths=[1, 1, 2, 1],
+            sr_ratios=[2, 2, 2, 1],
+            mlp_ratios=1,
+        )
+    ),
+    head=dict(in_channels=4, num_classes=5),
+)
+test_dataloader = dict(dataset=dict(metainfo=dict(classes=tuple('abcde'))))
+"""
 
 
 @pytest.fixture
-def exported_model(repo, monkeypatch):
-    """The class that a service copies."""
+def runner(repo, monkeypatch):
+    """The module that a service copies."""
     monkeypatch.syspath_prepend(str(repo / 'tools' / 'deployment'))
-    from run_exported import ExportedModel
+    import run_exported
 
-    return ExportedModel
+    return run_exported
+
+
+@pytest.fixture
+def exported_model(runner):
+    """The class of it."""
+    return runner.ExportedModel
 
 
 @pytest.fixture
@@ -81,6 +111,47 @@ def test_file_gives_what_the_model_gives(
     for wrong in (np.zeros((40, 40, 4), np.uint8), np.zeros((40, 40, 3), np.float32)):
         with pytest.raises(ValueError, match=r'shape \(height, width, 3\)'):
             model(wrong)
+
+
+@pytest.mark.parametrize(
+    'ending',
+    [
+        '.pdparams',
+        pytest.param('.pth', marks=pytest.mark.slow),
+        pytest.param('.safetensors', marks=pytest.mark.slow),
+    ],
+)
+def test_published_classifier(ending, call, tmp_path, data_dir):
+    """A file of another network's names; the weights follow from them."""
+    from safetensors.torch import save_file
+
+    from mmrest.checkpoint import read_state_dict
+    from mmrest.deployment.export import ExportedProgram
+
+    published = data_dir / 'paddle_rest.pdparams'
+    tensors = read_state_dict(published)
+    path = tmp_path / f'published{ending}'
+    if ending == '.pdparams':
+        shutil.copy(published, path)
+    elif ending == '.safetensors':
+        save_file({name: t.contiguous() for name, t in tensors.items()}, path)
+    else:
+        torch.save(dict(model=tensors), path)
+    config = tmp_path / 'config.py'
+    config.write_text(PUBLISHED)
+    call(EXPORT, config, path, tmp_path / 'model.pt2', '--no-verify', cwd=tmp_path)
+
+    arch = dict(Config.fromfile(config).model.backbone.arch)
+    network = ResT(arch=arch, out_indices=(3,)).eval()
+    network.head = nn.Linear(4, 5)
+    fill(network.state_dict())
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 40, 56, 3), dtype=np.uint8)
+    mean, std = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+    images = torch.from_numpy((pixels - mean) / std).permute(0, 3, 1, 2).float()
+    with torch.no_grad():
+        expected = network.head(network(images)[0].mean(dim=(2, 3))).softmax(dim=1)
+    found = ExportedProgram(tmp_path / 'model.pt2').run(pixels, np.array([40, 56]))
+    np.testing.assert_allclose(found['scores'], expected, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -179,6 +250,23 @@ def test_files_are_whole_or_absent(tmp_path):
         beside.with_suffix('.bin').write_text('weights')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['model.bin', 'model.xml']
     assert file.read_text() == 'new'
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_pictures_are_turned_as_the_loader_of_mmdet_turns_them(
+    orientation, runner, tmp_path
+):
+    image = Image.new('RGB', (40, 24))
+    image.paste((255, 0, 0), (0, 0, 20, 12))
+    image.paste((0, 0, 255), (20, 12, 40, 24))
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / 'picture.jpg', exif=exif, quality=100)
+    found = runner.read_picture(tmp_path / 'picture.jpg')
+    loaded = LoadImageFromFile()(dict(img_path=str(tmp_path / 'picture.jpg')))
+    expected = loaded['img'][..., ::-1]
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, atol=8)
 
 
 def test_runner_names_what_is_wrong(tmp_path, exported_model):

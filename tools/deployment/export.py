@@ -6,18 +6,20 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
-from PIL import Image
 
 from mmrest import launch
-from mmrest.checkpoint import check_content, read_checkpoint
+from mmrest.checkpoint import (
+    PublishedClassifierHook,
+    check_content,
+    read_checkpoint,
+)
 from mmrest.deployment.preprocessing import ExportError
 from mmrest.utils.config_types import find_toolbox
 
 sys.path.insert(0, str(Path(__file__).parent))
-from run_exported import ExportedModel, resize  # noqa: E402
+from run_exported import ExportedModel, read_picture, resize  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:
@@ -60,7 +62,8 @@ def main() -> None:
 
 def export(args: argparse.Namespace) -> None:
     cfg = launch.load_config(args.config, args.cfg_options)
-    init_default_scope(find_toolbox(cfg) or 'mmengine')
+    toolbox = find_toolbox(cfg)
+    init_default_scope(toolbox or 'mmengine')
     from mmrest.deployment import export as deployment
     from mmrest.deployment.verification import draw_picture, verify
 
@@ -68,10 +71,12 @@ def export(args: argparse.Namespace) -> None:
     deployment.check_format(path, verify=not args.no_verify)
     if path.exists() and not args.force:
         raise ExportError(f'{path} exists; give --force to replace it')
-    pictures = [np.asarray(Image.open(n).convert('RGB')) for n in args.verify or ()]
+    pictures = [read_picture(name) for name in args.verify or ()]
 
     model = MODELS.build(cfg.model).eval()
     checkpoint = read_checkpoint(args.checkpoint)
+    if toolbox == 'mmpretrain':
+        PublishedClassifierHook().after_load_checkpoint(None, checkpoint)
     check_content(model, checkpoint, args.checkpoint)
     _load_checkpoint_to_model(model, checkpoint)
     module = deployment.exportable(copy.deepcopy(model), args.masks == 'image')

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 KEY = 'mmrest'
 PRECISIONS = {'float32': 'f32', 'bfloat16': 'bf16'}
@@ -127,6 +127,12 @@ def open_openvino(path, device, precision):
 
 
 # ---------------------------------------------------------------- pictures
+
+
+def read_picture(path):
+    """Read a picture, (H, W, 3), RGB, turned as its EXIF orientation says."""
+    with Image.open(path) as image:
+        return np.asarray(ImageOps.exif_transpose(image).convert('RGB'))
 
 
 def resize(picture, pipeline):
@@ -274,7 +280,7 @@ def main():
         model = ExportedModel(args.file, args.device, args.precision)
         out.mkdir(parents=True, exist_ok=True)
         for name in args.images:
-            picture = np.asarray(Image.open(name).convert('RGB'))
+            picture = read_picture(name)
             found = model(picture)
             image, content = report(found, picture, model.metadata, args.score)
             stem = out / Path(name).stem
