@@ -148,16 +148,27 @@ def test_configs_need_no_other_project(repo):
             assert (path.parent / base).is_file(), f'{path}: {base}'
 
 
-def test_the_example_of_ones_own_data(read, shared):
-    """It builds, and fits the photographs that it was written for."""
+@pytest.mark.parametrize(
+    ('name', 'data'),
+    [
+        ('fruit_nuts/mask_rcnn_rest_fruit_nuts.py', 'fruit_nuts'),
+        ('bccd/retinanet_rest_lite_bccd.py', 'bccd'),
+        ('bccd/faster_rcnn_rest_lite_bccd.py', 'bccd'),
+        ('bccd/retinanet_r18_bccd.py', 'bccd'),
+        ('bccd/retinanet_pvt_tiny_bccd.py', 'bccd'),
+        ('bccd/retinanet_swin_tiny_bccd.py', 'bccd'),
+    ],
+)
+def test_the_examples_of_ones_own_data(name, data, read, shared):
+    """They build, and fit the pictures that they were written for."""
     from mmrest.datasets.preflight import check_config
 
-    cfg = read('fruit_nuts/mask_rcnn_rest_fruit_nuts.py')
-    root = f'{shared / "data" / "fruit_nuts"}/'
+    cfg = read(name)
     for split in ('train', 'val', 'test'):
-        assert cfg[f'{split}_dataloader'].dataset.data_root == 'data/fruit_nuts/'
-        cfg[f'{split}_dataloader'].dataset.data_root = root
+        assert cfg[f'{split}_dataloader'].dataset.data_root == f'data/{data}/'
+        cfg[f'{split}_dataloader'].dataset.data_root = f'{shared / "data" / data}/'
         if split != 'train':
-            cfg[f'{split}_evaluator'].ann_file = f'{root}trainval.json'
+            evaluator = cfg[f'{split}_evaluator']
+            evaluator.ann_file = str(shared / evaluator.ann_file)
     check_config(cfg)
     build(cfg)
