@@ -1,11 +1,14 @@
 """Tiny models of every task, with checkpoints whose detections are far apart."""
 
+import functools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from PIL import Image
 from torch import nn
 
 import mmrest  # noqa: F401, the scope mmrest:: of configs
@@ -103,5 +106,33 @@ def trained(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
                     parameter.data *= 0.3 if any(n in name for n in last) else 1.0
             torch.save(dict(state_dict=model.state_dict(), meta={}), checkpoint)
         return config, checkpoint
+
+    return make
+
+
+@pytest.fixture(scope='session')
+def picture(tmp_path_factory) -> Path:
+    """A picture of 165x235 pixels."""
+    path = tmp_path_factory.mktemp('pictures') / 'picture.png'
+    pixels = np.random.default_rng(1).integers(0, 256, (33, 47, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((235, 165)).save(path)
+    return path
+
+
+@pytest.fixture(scope='session')
+def exported(trained, picture, call, tmp_path_factory):
+    """A file of a task, verified, and the tool's output: exported(task, arch, '.xml').
+
+    Writing a file takes up to half a minute.
+    """
+
+    @functools.cache
+    def make(task, arch, ending):
+        folder = tmp_path_factory.mktemp('exported')
+        options = [folder / f'model{ending}', '--verify', picture]
+        output = call(
+            'deployment/export.py', *trained(task, arch), *options, cwd=folder
+        )
+        return options[0], output
 
     return make

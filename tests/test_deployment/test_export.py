@@ -55,14 +55,6 @@ def exported_model(runner):
     return runner.ExportedModel
 
 
-@pytest.fixture
-def picture(tmp_path):
-    path = tmp_path / 'picture.png'
-    pixels = np.random.default_rng(1).integers(0, 256, (33, 47, 3), dtype=np.uint8)
-    Image.fromarray(pixels).resize((235, 165)).save(path)
-    return path
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ('task', 'arch', 'ending'),
@@ -75,16 +67,14 @@ def picture(tmp_path):
     ],
 )
 def test_file_gives_what_the_model_gives(
-    task, arch, ending, call, trained, picture, tmp_path, exported_model, repo
+    task, arch, ending, exported, picture, tmp_path, exported_model, repo
 ):
     """It is verified on the way; then the runner runs it where torch is not."""
-    config, checkpoint = trained(task, arch)
-    file = tmp_path / f'model{ending}'
-    output = call(EXPORT, config, checkpoint, file, '--verify', picture, cwd=tmp_path)
+    file, output = exported(task, arch, ending)
     assert 'verified against PyTorch: ' in output
     assert '4 layers in tiles, which store no map' in output
     names = {'model.bin', file.name} if ending == '.xml' else {file.name}
-    assert {p.name for p in tmp_path.glob('*model*')} == names
+    assert {p.name for p in file.parent.glob('*model*')} == names
     without_torch = (
         'import sys, runpy; sys.modules.update(torch=None, mmrest=None);'
         f'sys.argv[1:] = {[str(file), str(picture), "--out", str(tmp_path / "out")]};'
@@ -155,15 +145,24 @@ def test_published_classifier(ending, call, tmp_path, data_dir):
 
 
 @pytest.mark.slow
-def test_nothing_is_found(call, trained, picture, tmp_path, exported_model):
+def test_nothing_is_found(exported, picture, tmp_path, exported_model):
     """No box reaches the mask head, in both runtimes."""
-    config, checkpoint = trained('mask_rcnn')
-    file = tmp_path / 'model.onnx'
-    options = ['--cfg-options', 'model.test_cfg.rcnn.score_thr=1.0']
-    output = call(EXPORT, config, checkpoint, file, *options, cwd=tmp_path)
-    assert 'give --verify a picture' in output
+    import onnx
     import openvino
 
+    file, _ = exported('mask_rcnn', 'restv2_tiny', '.onnx')
+    content = onnx.load(file)
+    thresholds = [
+        tensor
+        for tensor in content.graph.initializer
+        if tensor.float_data or tensor.raw_data
+        if np.array_equal(onnx.numpy_helper.to_array(tensor), np.float32(0.05))
+    ]
+    for tensor in thresholds:
+        tensor.CopyFrom(onnx.numpy_helper.from_array(np.float32(1.0), tensor.name))
+    assert thresholds
+    file = tmp_path / 'model.onnx'
+    onnx.save(content, file)
     model = openvino.Core().read_model(file)
     compiled = openvino.Core().compile_model(model, 'CPU')
     image = np.asarray(Image.open(picture))[None]
@@ -176,32 +175,49 @@ def test_nothing_is_found(call, trained, picture, tmp_path, exported_model):
 
 
 @pytest.mark.slow
-def test_masks_of_boxes_and_a_file_that_differs(call, trained, tmp_path, picture):
-    config, checkpoint = trained('mask_rcnn')
-    file = tmp_path / 'model.pt2'
-    options = [file, '--masks', 'box', '--verify', picture]
-    call(EXPORT, config, checkpoint, *options, cwd=tmp_path)
+def test_masks_of_boxes_and_a_file_that_differs(
+    call, trained, tmp_path, picture, monkeypatch
+):
+    from mmrest.deployment import export
+    from mmrest.deployment.verification import (
+        VerificationError,
+        compare_detections,
+        verify,
+    )
 
-    from mmrest.deployment.export import ExportedProgram
-    from mmrest.deployment.verification import VerificationError, verify
+    programs = []
 
-    program = ExportedProgram(file)
+    class Kept(export.ExportedProgram):
+        def __init__(self, path):
+            super().__init__(path)
+            programs.append(self)  # reading it takes 6 s
+
+    monkeypatch.setattr(export, 'ExportedProgram', Kept)
+    options = [tmp_path / 'model.pt2', '--masks', 'box', '--verify', picture]
+    call(EXPORT, *trained('mask_rcnn'), *options, cwd=tmp_path)
+    (program,) = programs
     image = np.asarray(Image.open(picture))
     found = program.run(image[None], np.array([165, 235]))
     assert found['masks'].shape == (len(found['boxes']), 28, 28)
 
-    class Other:
-        def predict(self, image, size):
-            result = program.run(image, size)
-            return dict(result, scores=result['scores'] * 0.99)
+    class Model:
+        def __init__(self, predict):
+            self.predict = predict
 
         def compare(self, found, expected):
-            from mmrest.deployment.verification import compare_detections
-
             return compare_detections(found, expected, 0.05, 20)
 
+    def less_sure(image, size):
+        result = program.run(image, size)
+        return dict(result, scores=result['scores'] * 0.99)
+
+    def nothing(image, size):
+        return {name: array[:0] for name, array in found.items()}
+
     with pytest.raises(VerificationError, match='detections more of'):
-        verify(program.run, Other(), [image], lambda x: x)
+        verify(program.run, Model(less_sure), [image], lambda x: x)
+    text = verify(nothing, Model(nothing), [image], lambda x: x)
+    assert 'give --verify a picture' in text
 
 
 def test_what_cannot_be_exported_leaves_no_file(call, trained, tmp_path, monkeypatch):
