@@ -4,10 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from mmrest import weights
+from mmrest.models.rest import ARCHS
+from mmrest.models.restv2 import ARCHS as V2_ARCHS
 from mmrest.utils.complexity import complexity
 from mmrest.utils.results import read_index, render_table
 
@@ -132,13 +135,14 @@ def test_parameters_are_those_of_the_config(name, models, repo):
         if model['Name'].startswith(name):
             cfg = Config.fromfile(repo / model['Config'])
             init_default_scope('mmdet')
-            built = MODELS.build(cfg.model)
+            with torch.device('meta'):
+                built = MODELS.build(cfg.model)
             count = sum(p.numel() for p in built.parameters())
             assert count == model['Metadata']['Parameters']
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', list(PUBLISHED))
+@pytest.mark.parametrize('name', ['retinanet_rest_small', 'mask_rcnn_restv2_tiny'])
 def test_flops_are_those_of_the_config(name, models, repo):
     from mmdet.registry import MODELS
 
@@ -148,6 +152,29 @@ def test_flops_are_those_of_the_config(name, models, repo):
     counted = complexity(MODELS.build(cfg.model), (800, 1333)).flops['total']
     for entry in entries:
         assert entry['Metadata']['FLOPs'] == pytest.approx(counted, rel=1e-3)
+
+
+@pytest.mark.parametrize('kind', ['retinanet', 'mask_rcnn'])
+def test_flops_differ_by_the_backbones_alone(kind, models, repo, monkeypatch):
+    """Without the backbone's and the lateral convolutions all leave the same."""
+    monkeypatch.syspath_prepend(str(repo / 'tools' / 'analysis_tools'))
+    from benchmark_subjects import rest_macs
+
+    shape = height, width = 800, 1344
+    heads = {}
+    for name in (name for name in PUBLISHED if name.startswith(kind)):
+        (flops,) = {
+            m['Metadata']['FLOPs'] for m in models if m['Name'].startswith(name)
+        }
+        *_, generation, arch = name.split('_')
+        flops -= sum(rest_macs('v2-' * (generation == 'restv2') + arch, shape))
+        dims = (ARCHS if generation == 'rest' else V2_ARCHS)[arch].embed_dims
+        for level, dim in enumerate(dims, 2):
+            if level > 2 or kind == 'mask_rcnn':
+                flops -= dim * 256 * (height >> level) * (width >> level)
+        heads[name] = flops
+    # of 250 to 430 e9; norms, which are not in the formula, differ
+    assert max(heads.values()) - min(heads.values()) < 1e9, heads
 
 
 def test_readme_shows_the_index(repo):
