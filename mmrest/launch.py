@@ -98,22 +98,27 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of every tool that starts a Runner, but for the config."""
-    parser.add_argument(
-        '--work-dir', help='folder for logs and checkpoints [work_dirs/CONFIG NAME]'
-    )
+    """Add the options of every tool that starts a model's Runner, but the config."""
+    add_work_dir_arguments(parser)
     add_amp_argument(parser)
-    parser.add_argument(
-        '--no-preflight',
-        action='store_true',
-        help='start without looking for missing files and mismatched classes first',
-    )
     parser.add_argument(
         '--launcher', choices=LAUNCHERS, default='none', help='job launcher [none]'
     )
     # Set by torch.distributed.launch; torchrun sets the variable instead.
     parser.add_argument(
         '--local-rank', '--local_rank', type=int, default=0, help=argparse.SUPPRESS
+    )
+
+
+def add_work_dir_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add where a run writes, and whether its data are looked at first."""
+    parser.add_argument(
+        '--work-dir', help='folder for logs and checkpoints [work_dirs/CONFIG NAME]'
+    )
+    parser.add_argument(
+        '--no-preflight',
+        action='store_true',
+        help='start without looking for missing files and mismatched classes first',
     )
 
 

@@ -3,6 +3,7 @@
 =======================  ====================================================
 ``export.py``            a model becomes a file
 ``verification.py``      the file against the model
+``quantization.py``      a file with layers of 8 bits
 ``detectors.py``         MMDetection's detectors as modules that can be captured
 ``preprocessing.py``     pixels, within the exported program
 ``operators.py``         operators of detectors, for :func:`torch.export.export`

@@ -1,6 +1,7 @@
 """Tiny models of every task, with checkpoints whose detections are far apart."""
 
 import functools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,75 @@ model = dict(
     train_cfg=None,
 )""",
 )
+
+COLOUR_DETECTOR = """
+<ir_version: 9, opset_import: ["" : 18]>
+detector (uint8[batch, height, width, 3] image, int64[2] size)
+    => (float[n, 4] boxes, float[n] scores, int64[n] labels)
+<
+    float[1, 4] parts = {0.25, 0.5, 0.75, 1.0},
+    int64[4] order = {1, 0, 1, 0},
+    int64[3] others = {1, 2, 3},
+    float[4, 3, 1, 1] weight = {
+        0.1, 0.2, -0.3, 0.4, -0.5, 0.6, 0.7, 0.8, -0.9, 1.0, -1.1, 1.2
+    },
+    float bound = {255.0}
+>
+{
+    pixels = Cast<to = 1>(image)
+    parted = Div(pixels, bound)
+    x = Transpose<perm = [0, 3, 1, 2]>(parted)
+    height_and_width = Constant<value_ints = [2, 3]>()
+    colours = ReduceMean<keepdims = 0>(x, height_and_width)
+    labels = ArgMax<axis = 1, keepdims = 0>(colours)
+    features = Conv(x, weight)
+    activity = ReduceMean<keepdims = 0>(features, others)
+    scores = Sigmoid(activity)
+    sides = Cast<to = 1>(size)
+    scale = Gather(sides, order)
+    boxes = Mul(parts, scale)
+}
+"""
+
+
+@pytest.fixture
+def runner(repo, monkeypatch):
+    """The module that a service copies."""
+    monkeypatch.syspath_prepend(str(repo / 'tools' / 'deployment'))
+    import run_exported
+
+    return run_exported
+
+
+@pytest.fixture
+def exported_model(runner):
+    """The class of it."""
+    return runner.ExportedModel
+
+
+@pytest.fixture
+def colour_detector(tmp_path):
+    """Write a file that finds one box, the middle of the lower half of a picture.
+
+    Its class is the colour that there is most of.
+    """
+    import onnx
+
+    def make(classes):
+        model = onnx.parser.parse_model(COLOUR_DETECTOR)
+        metadata = dict(
+            task='detection',
+            inputs=['image', 'size'],
+            outputs=['boxes', 'scores', 'labels'],
+            classes=list(classes),
+            pipeline=[],
+        )
+        model.metadata_props.add(key='mmrest', value=json.dumps(metadata))
+        path = tmp_path / 'colours.onnx'
+        onnx.save(model, path)
+        return path
+
+    return make
 
 
 @pytest.fixture(scope='session')

@@ -1,6 +1,7 @@
 """tools/deployment: files of every task and format, and what cannot be exported."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -40,21 +41,6 @@ test_dataloader = dict(dataset=dict(metainfo=dict(classes=tuple('abcde'))))
 """
 
 
-@pytest.fixture
-def runner(repo, monkeypatch):
-    """The module that a service copies."""
-    monkeypatch.syspath_prepend(str(repo / 'tools' / 'deployment'))
-    import run_exported
-
-    return run_exported
-
-
-@pytest.fixture
-def exported_model(runner):
-    """The class of it."""
-    return runner.ExportedModel
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ('task', 'arch', 'ending'),
@@ -67,7 +53,7 @@ def exported_model(runner):
     ],
 )
 def test_file_gives_what_the_model_gives(
-    task, arch, ending, exported, picture, tmp_path, exported_model, repo
+    task, arch, ending, call, exported, picture, tmp_path, exported_model, repo
 ):
     """It is verified on the way; then the runner runs it where torch is not."""
     file, output = exported(task, arch, ending)
@@ -90,6 +76,11 @@ def test_file_gives_what_the_model_gives(
     if task == 'mask_rcnn':
         sizes = {tuple(entry['mask']['size']) for entry in found}
         assert sizes == {(165, 235)} and found[0]['score'] >= found[-1]['score']
+        options = [file, tmp_path / 'small.onnx', '--images', picture.parent]
+        output = call('deployment/quantize.py', *options, cwd=tmp_path)
+        # without a scale that fits the weights nothing would be found again
+        left, count = re.search(r'(\d+) of (\d+) detections', output).groups()
+        assert int(left) > int(count) / 2 > 0
     if task in ('semantic_fpn', 'classifier'):
         batch = np.stack([np.asarray(Image.open(picture))] * 2)
         batch[1] = batch[1, ::-1]
@@ -292,8 +283,10 @@ def test_runner_names_what_is_wrong(tmp_path, exported_model):
         ('model.onnx', dict(precision='bfloat16'), r'use an \.xml file'),
         ('model.onnx', dict(device='NPU'), 'has no device NPU, but .*CPU'),
         ('model.xml', dict(device='NPU'), 'has no device NPU, but .*CPU'),
+        ('model.onnx', {}, r'model\.onnx cannot be read: '),
+        ('model.xml', {}, r'model\.xml cannot be read: '),
     ):
         if name != 'none.onnx':
-            (tmp_path / name).write_bytes(b'')
+            (tmp_path / name).write_bytes(b'no model')
         with pytest.raises(ValueError, match=message):
             exported_model(tmp_path / name, **options)

@@ -40,14 +40,19 @@ class ExportedModel:
             raise ValueError(f'no file {path}')
         if precision not in PRECISIONS:
             raise ValueError(f'precision must be one of {", ".join(PRECISIONS)}')
-        if path.suffix == '.onnx':
-            if precision != 'float32':
-                raise ValueError('ONNX Runtime computes in float32; use an .xml file')
-            text, self._run = open_onnx(path, device)
-        elif path.suffix == '.xml':
-            text, self._run = open_openvino(path, device, PRECISIONS[precision])
-        else:
+        if path.suffix not in ('.onnx', '.xml'):
             raise ValueError(f'{path}: the file must end in .onnx or .xml')
+        if path.suffix == '.onnx' and precision != 'float32':
+            raise ValueError('ONNX Runtime computes in float32; use an .xml file')
+        try:
+            if path.suffix == '.onnx':
+                text, self._run = open_onnx(path, device)
+            else:
+                text, self._run = open_openvino(path, device, PRECISIONS[precision])
+        except ValueError:
+            raise
+        except Exception as error:  # each runtime has kinds of its own
+            raise ValueError(f'{path} cannot be read: {error}') from error
         if not text:
             raise ValueError(f'{path} was not made by tools/deployment/export.py')
         self.metadata = json.loads(text)
@@ -73,8 +78,8 @@ class ExportedModel:
         results = self._run({name: given[name] for name in names})
         return dict(zip(self.metadata['outputs'], results))
 
-    def __call__(self, picture):
-        """Predict for a picture, an array of shape (H, W, 3), RGB, of any size."""
+    def prepare(self, picture):
+        """The arguments of :meth:`run` for a picture (H, W, 3), RGB, of any size."""
         picture = np.ascontiguousarray(picture)
         if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
             raise ValueError(
@@ -82,7 +87,11 @@ class ExportedModel:
                 f'found {picture.shape} and {picture.dtype}'
             )
         image = resize(picture, self.metadata['pipeline'])
-        return self.run(image[None], picture.shape[:2])
+        return dict(image=image[None], size=np.array(picture.shape[:2]))
+
+    def __call__(self, picture):
+        """Predict for a picture, an array of shape (H, W, 3), RGB, of any size."""
+        return self.run(**self.prepare(picture))
 
 
 def open_onnx(path, device):

@@ -1,0 +1,97 @@
+"""An exported file with 8-bit convolutions and linear layers, and what that changes."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnxruntime.quantization import CalibrationDataReader, quantize_static
+
+from .export import KEY
+from .verification import Arrays
+
+# Attention maps, norms, anchors, NMS, RoIAlign and the pasting of masks stay in float.
+LAYERS = ['Conv', 'Gemm', 'MatMul']
+SHOWN = 0.3  # score of the detections that are compared
+
+
+class _Reader(CalibrationDataReader):
+    def __init__(self, inputs: Iterable[Arrays]) -> None:
+        self._rest = iter(inputs)
+
+    def get_next(self) -> Arrays:
+        return next(self._rest, None)  # type: ignore[arg-type]
+
+
+def quantize(source: Path, target: Path, inputs: Iterable[Arrays]) -> None:
+    """Quantise the layers of an ``.onnx`` file that have weights.
+
+    Weights are scaled by channel and activations by tensor, each to the range that the
+    inputs show.
+
+    Args:
+        source (Path): Of tools/deployment/export.py.
+        target (Path): ``.onnx``, or ``.xml`` for OpenVINO.
+        inputs (Iterable[dict[str, ndarray]]): The inputs by name for each picture.
+    """
+    quantized = target.with_suffix('.onnx')
+    quantize_static(
+        source,
+        quantized,
+        _Reader(inputs),
+        op_types_to_quantize=LAYERS,
+        per_channel=True,
+        extra_options=dict(MatMulConstBOnly=True),
+    )
+    if target.suffix == '.xml':
+        import openvino
+
+        model = openvino.Core().read_model(quantized)
+        metadata = onnx.load(quantized).metadata_props
+        model.set_rt_info(next(p.value for p in metadata if p.key == KEY), KEY)
+        openvino.save_model(model, target, compress_to_fp16=False)
+        quantized.unlink()
+
+
+def describe_differences(task: str, results: Sequence[tuple[Arrays, Arrays]]) -> str:
+    """Say how far the results of two files differ.
+
+    Args:
+        task (str): As in the metadata of the files.
+        results (Sequence[tuple[dict, dict]]): For each picture what the new file gives
+            and what the old one gave.
+    """
+    if task == 'segmentation':
+        parts = [(new['labels'] != old['labels']).mean() for new, old in results]
+        return f'{np.mean(parts):.2%} of the pixels have another label'
+    if task == 'classification':
+        parts = [np.abs(new['scores'] - old['scores']).max() for new, old in results]
+        same = [
+            new['scores'].argmax() == old['scores'].argmax() for new, old in results
+        ]
+        return (
+            f'the best class is the same in {sum(same)} of {len(same)} pictures; '
+            f'probabilities differ by up to {max(parts):.3f}'
+        )
+    count, boxes, scores = 0, [], []
+    for new, old in results:
+        for box, score, label in zip(old['boxes'], old['scores'], old['labels']):
+            if score < SHOWN:
+                continue
+            count += 1
+            index = np.flatnonzero(new['labels'] == label)
+            moved = np.abs(new['boxes'][index] - box).max(axis=1, initial=0)
+            # farther away it is another object
+            if len(index) and moved.min() < (box[2:] - box[:2]).min() / 2:
+                boxes.append(moved.min())
+                scores.append(abs(new['scores'][index[moved.argmin()]] - score))
+    text = (
+        f'{len(boxes)} of {count} detections with a score of {SHOWN} or more are left'
+    )
+    if boxes:
+        text += (
+            f'; their sides move by {np.median(boxes):.2f} pixel in the median and '
+            f'{max(boxes):.2f} at most, scores by {np.median(scores):.4f} and '
+            f'{max(scores):.4f}'
+        )
+    return text
