@@ -11,7 +11,8 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from typing import Any, NamedTuple, Optional
 
@@ -128,16 +129,16 @@ class Finding:
     """One thing that does not fit.
 
     Attributes:
-        level: ``'error'`` or ``'warning'``.
         what: What is wrong.
         found: What was seen; may be empty.
         fix: What to do.
+        level: ``'error'`` or ``'warning'``.
     """
 
-    level: str
     what: str
     found: str
     fix: str
+    level: str = 'error'
 
 
 # --- the facts ---
@@ -212,12 +213,10 @@ def collect_facts() -> Facts:
     """
     distributions = {}
     for name in sorted({name for row in TWINS for name in row if name} | {'mmrest'}):
-        try:
-            version = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-        if version:  # None where only the folder of the metadata is left
-            distributions[name] = version
+        with suppress(metadata.PackageNotFoundError):
+            distributions[name] = metadata.version(name)
+    # None where only the folder of the metadata is left
+    distributions = {name: v for name, v in distributions.items() if v}
     modules = import_all([*BY_MODULE, 'mmcv.ops', 'mmrest'])
     for each in REQUIREMENTS:
         fact = modules[each.module]
@@ -236,8 +235,7 @@ def collect_facts() -> Facts:
 def import_all(names: Sequence[str]) -> dict[str, dict]:
     """Import each module in another process; see :func:`collect_facts`."""
     facts: dict[str, dict] = {}
-    waiting = list(names)
-    while waiting:
+    while waiting := [name for name in names if name not in facts]:
         try:
             result = subprocess.run(
                 [sys.executable, '-c', _IMPORT, *waiting],
@@ -252,13 +250,11 @@ def import_all(names: Sequence[str]) -> dict[str, dict]:
         except subprocess.TimeoutExpired as error:
             output, ending = error.stdout or b'', f'hung for {_TIMEOUT} s'
         lines = output.decode().splitlines()
-        for name, fact in zip(lines[::2], lines[1::2]):
-            facts[name] = json.loads(fact)
+        facts.update(zip(lines[::2], map(json.loads, lines[1::2])))
         if len(lines) % 2 or not lines:  # none: not even Python starts as it should
             culprit = lines[-1] if lines else waiting[0]
             error_text = f'the process {ending} while importing it'
             facts[culprit] = dict(found=True, version=None, error=error_text, notes=[])
-        waiting = [name for name in waiting if name not in facts]
     return {name: facts[name] for name in names}
 
 
@@ -287,7 +283,7 @@ def diagnose(facts: Facts, require: Sequence[str] = NEEDED) -> list[Finding]:
         require = [*require, 'pkg_resources']
     for name in require:
         if not modules[name]['found']:
-            findings.append(_error(f'{name} is missing', '', _install(name, facts)))
+            findings.append(Finding(f'{name} is missing', '', _install(name, facts)))
     notes = [*modules['torch']['notes'], *modules['mmcv.ops']['notes']]
     if 'for the CPU alone' in notes and any(re.match(r'\d+ GPU', n) for n in notes):
         what = 'torch sees a GPU, but mmcv was compiled for the CPU alone'
@@ -296,14 +292,14 @@ def diagnose(facts: Facts, require: Sequence[str] = NEEDED) -> list[Finding]:
             'some), or install the CUDA toolkit of that version and compile mmcv again '
             'with FORCE_CUDA=1.'
         )
-        findings.append(_error(what, '; '.join(notes), fix))
+        findings.append(Finding(what, '; '.join(notes), fix))
     if not any(finding.level == 'error' for finding in findings):
-        for finding in unexplained[:1]:
-            fix = 'Reinstall it; importing it in Python shows the whole error.'
-            findings.append(_error(finding.what, finding.found, fix))
-    unique = {finding.what: finding for finding in reversed(findings)}
-    in_order = [unique.pop(each.what) for each in findings if each.what in unique]
-    return sorted(in_order, key=lambda finding: finding.level)
+        fix = 'Reinstall it; importing it in Python shows the whole error.'
+        findings += [replace(finding, fix=fix) for finding in unexplained[:1]]
+    unique: dict[str, Finding] = {}
+    for finding in findings:
+        unique.setdefault(finding.what, finding)
+    return sorted(unique.values(), key=lambda finding: finding.level)
 
 
 def release(version: str) -> tuple[int, ...]:
@@ -313,14 +309,11 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def fits(version: str, wanted: str) -> bool:
-    """Whether a version is in a range such as ``'>=2.0,<2.2'``."""
-    for clause in filter(None, wanted.split(',')):
-        bound = release(clause)
-        if clause.startswith('>=') and release(version) < bound:
-            return False
-        if clause.startswith('<') and release(version) >= bound:
-            return False
-    return True
+    """Whether a version is in a range of ``>=`` and ``<``, as ``'>=2.0,<2.2'``."""
+    return all(
+        (release(version) >= release(clause)) is clause.startswith('>=')
+        for clause in filter(None, wanted.split(','))
+    )
 
 
 def stack_name(distributions: dict[str, str]) -> str:
@@ -333,10 +326,6 @@ def stack_name(distributions: dict[str, str]) -> str:
     return ' and '.join(sorted(stacks, reverse=True)) or 'none'
 
 
-def _error(what: str, found: str, fix: str) -> Finding:
-    return Finding('error', what, found, fix)
-
-
 def _of_stack(each: Requirement, facts: Facts) -> tuple[str, str]:
     """The distribution and versions of a requirement in the stack that is installed."""
     if each.onedl and 'OneDL' in stack_name(facts['distributions']):
@@ -344,27 +333,22 @@ def _of_stack(each: Requirement, facts: Facts) -> tuple[str, str]:
     return each.openmmlab, each.versions
 
 
-def _words(name: str, facts: Facts) -> dict[str, str]:
+def _words(facts: Facts) -> dict[str, str]:
     """What the texts above are filled with."""
     mmcv, wanted = _of_stack(BY_MODULE['mmcv'], facts)
+    mmengine, _ = _of_stack(BY_MODULE['mmengine'], facts)
     version = facts['distributions'].get(mmcv, '')
     if not (version and fits(version, wanted)):
         version = '2.3.6' if mmcv.startswith('onedl-') else '2.1.0'
-    torch = release(facts['distributions'].get('torch', ''))
-    mmengine, _ = _of_stack(BY_MODULE['mmengine'], facts)
+    vision = f'0.{release(facts["distributions"].get("torch", ""))[1] + 15}'
     return dict(
-        name=name,
-        mmcv=mmcv,
-        wanted=wanted,
-        version=version,
-        mmengine=mmengine,
-        vision=f'0.{torch[1] + 15}',
+        mmcv=mmcv, wanted=wanted, version=version, mmengine=mmengine, vision=vision
     )
 
 
 def _install(module: str, facts: Facts) -> str:
     if module == 'mmcv':
-        return BUILD_MMCV.format(**_words('', facts))
+        return BUILD_MMCV.format(**_words(facts))
     each = BY_MODULE.get(module, Requirement(module, module))
     name, wanted = _of_stack(each, facts)
     command = f'pip install "{name}{wanted}"' if wanted else f'pip install {name}'
@@ -378,19 +362,18 @@ def _check_twins(facts: Facts) -> Iterator[Finding]:
         names = [name for name in dict.fromkeys(row) if name in installed]
         if len(names) < 2:
             continue
-        over_each_other += names
-        if row == OPENCVS and facts['modules']['cv2']['error'] is None:
-            if len({installed[name] for name in names}) == 1:
-                over_each_other = over_each_other[: -len(names)]
-                yield Finding(
-                    'warning',
-                    'several builds of OpenCV are installed over each other',
-                    ', '.join(names),
-                    f'Keep one: pip uninstall -y {" ".join(names)}; pip install '
-                    f'{names[0]}',
-                )
+        works = row == OPENCVS and facts['modules']['cv2']['error'] is None
+        if works and len({installed[name] for name in names}) == 1:
+            yield Finding(
+                'several builds of OpenCV are installed over each other',
+                ', '.join(names),
+                f'Keep one: pip uninstall -y {" ".join(names)}; pip install {names[0]}',
+                'warning',
+            )
+        else:
+            over_each_other += names
     if over_each_other:
-        yield _error(
+        yield Finding(
             'packages are installed over each other: they have the same modules',
             ', '.join(f'{name} {installed[name]}' for name in over_each_other),
             f'pip uninstall -y {" ".join(over_each_other)}; then install those of one '
@@ -399,10 +382,10 @@ def _check_twins(facts: Facts) -> Iterator[Finding]:
         )
     elif ' and ' in stack_name(installed):
         yield Finding(
-            'warning',
             'packages of OpenMMLab and of OneDL are mixed',
             ', '.join(name for name in installed if 'mm' in name),
             'Take all of them from one stack; no mixture is tested.',
+            'warning',
         )
 
 
@@ -410,7 +393,7 @@ def _check_versions(facts: Facts) -> Iterator[Finding]:
     installed = facts['distributions']
     python = release(facts['python'])[:2]
     if not PYTHONS[0] <= python <= PYTHONS[1]:
-        yield _error(
+        yield Finding(
             f'Python {python[0]}.{python[1]} is not supported by mmcv',
             facts['executable'],
             'Use Python 3.9 to 3.12, e.g. make env PYTHON=python3.11.',
@@ -420,7 +403,7 @@ def _check_versions(facts: Facts) -> Iterator[Finding]:
         if name == 'setuptools' and 'mmengine' not in installed:
             continue
         if name in installed and not fits(installed[name], wanted):
-            yield _error(
+            yield Finding(
                 f'{name} does not fit: {name}{wanted} is needed',
                 f'{name} {installed[name]}',
                 _install(each.module, facts),
@@ -433,21 +416,20 @@ def _check_versions(facts: Facts) -> Iterator[Finding]:
 
 def _explain(name: str, fact: dict, facts: Facts) -> Finding:
     """Say what an error on import means; without a fix where that is not known."""
-    error = fact['error']
+    error, installed = fact['error'], facts['distributions']
     text = f'{name}: {error}\n{fact.get("printed", "")}'
-    words = _words(name, facts)
-    if name == 'torchvision' and 'torch' in facts['distributions']:
+    words = dict(_words(facts), name=name)
+    if name == 'torchvision' and 'torch' in installed:
         what, fix = TORCHVISION
-        names = ('torch', 'torchvision')
-        pair = [f'{name} {facts["distributions"].get(name)}' for name in names]
-        return _error(what, error or ', '.join(pair), fix.format(**words))
+        pair = f'torch {installed["torch"]}, torchvision {installed.get(name)}'
+        return Finding(what, error or pair, fix.format(**words))
     for pattern, what, fix in CAUSES:
         match = re.search(pattern, text, re.DOTALL)
         it = match.groupdict().get('it') if match else None
         if match and not facts['modules'].get(it, {}).get('found'):
             words.update(it=it or '', install=_install(it or '', facts))
-            return _error(what.format(**words), error, fix.format(**words))
-    return _error(f'{name} cannot be imported', error, '')
+            return Finding(what.format(**words), error, fix.format(**words))
+    return Finding(f'{name} cannot be imported', error, '')
 
 
 # --- the command ---

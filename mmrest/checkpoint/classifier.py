@@ -62,8 +62,7 @@ def load_published_classifier(
         state_dict (dict[str, Any]): What is loaded, a published file as it is or a
             state dict of ``ImageClassifier``.
         prefix (str): What the names of the classifier begin with.
-        allow_missing (Sequence[str]): As in :func:`load_pretrained`.
-        allow_unexpected (Sequence[str]): As in :func:`load_pretrained`.
+        allow_missing, allow_unexpected: As in :func:`load_pretrained`.
 
     Raises:
         CheckpointError: If nothing of it would be loaded, or the backbone does not

@@ -1,6 +1,6 @@
 """The tensors of a file against those of a module: names, shapes, values."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -13,37 +13,30 @@ COUNTER = 'num_batches_tracked'
 
 
 class Comparison(NamedTuple):
-    """Names and shapes of a file against those of a module.
+    """Names and shapes of a file against those of a module."""
 
-    Attributes:
-        fitting (dict[str, Tensor]): The file's tensors that fit.
-        reshaped (list[str]): Names that both have, with different shapes.
-        problems (list[str]): One sentence for each kind of difference.
-    """
-
-    fitting: dict[str, Tensor]
-    reshaped: list[str]
-    problems: list[str]
+    fitting: dict[str, Tensor]  # the file's tensors that fit
+    reshaped: list[str]  # names that both have, with different shapes
+    problems: list[str]  # one sentence for each kind of difference
 
 
 def compare(
     tensors: dict[str, Tensor],
     target: dict[str, Tensor],
-    allow_missing: Sequence[str] = (),
-    allow_unexpected: Sequence[str] = (),
+    allow_missing: Iterable[str] = (),
+    allow_unexpected: Iterable[str] = (),
 ) -> Comparison:
     """Compare the names and shapes of a file with those of a module.
 
     Args:
         tensors (dict[str, Tensor]): From the file.
         target (dict[str, Tensor]): Of the module.
-        allow_missing (Sequence[str]): What the file may lack.
-        allow_unexpected (Sequence[str]): What the module may lack.
-
-    Returns:
-        Comparison: What fits, and what does not.
+        allow_missing (Iterable[str]): What the file may lack, see :func:`matches`.
+        allow_unexpected (Iterable[str]): What the module may lack.
     """
     begun = {_parent(name) for name in tensors if not is_counter(name)}
+    shared = [name for name in target if name in tensors]
+    reshaped = [name for name in shared if tensors[name].shape != target[name].shape]
     missing = [
         name
         for name in target
@@ -56,24 +49,23 @@ def compare(
         for name in tensors
         if name not in target and not matches(name, allow_unexpected)
     ]
-    shared = [name for name in target if name in tensors]
-    reshaped = [name for name in shared if tensors[name].shape != target[name].shape]
-    problems = []
-    if reshaped:
-        items = (
+    kinds = {
+        'Other shapes': [
             f'{name} {_shape(tensors[name])} instead of {_shape(target[name])}'
             for name in reshaped
-        )
-        problems.append(f'Other shapes ({len(reshaped)}): {shorten(items)}.')
-    for what, names, values in (
-        ('Missing in the file', missing, target),
-        ('Not in the model', unexpected, tensors),
-    ):
-        if names:
-            items = (f'{name} {_shape(values[name])}' for name in names)
-            problems.append(f'{what} ({len(names)}): {shorten(items)}.')
-    fitting = {name: tensors[name] for name in shared if name not in set(reshaped)}
-    return Comparison(fitting, reshaped, problems)
+        ],
+        'Missing in the file': [f'{name} {_shape(target[name])}' for name in missing],
+        'Not in the model': [f'{name} {_shape(tensors[name])}' for name in unexpected],
+    }
+    return Comparison(
+        {name: tensors[name] for name in shared if name not in set(reshaped)},
+        reshaped,
+        [
+            f'{kind} ({len(all_)}): {shorten(all_)}.'
+            for kind, all_ in kinds.items()
+            if all_
+        ],
+    )
 
 
 def describe_defects(tensors: dict[str, Tensor]) -> list[str]:
@@ -95,11 +87,10 @@ def describe_defects(tensors: dict[str, Tensor]) -> list[str]:
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether a name is, or lies below, one of the patterns."""
-    for pattern in patterns:
-        pattern = pattern.rstrip('.')
-        if fnmatchcase(name, pattern) or fnmatchcase(name, f'{pattern}.*'):
-            return True
-    return False
+    return any(
+        fnmatchcase(name, pattern) or fnmatchcase(name, f'{pattern}.*')
+        for pattern in (pattern.rstrip('.') for pattern in patterns)
+    )
 
 
 def is_counter(name: str) -> bool:
@@ -113,17 +104,10 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def adapt(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Let submodules change what they can take in another shape.
+    """A copy of a file's tensors, after submodules changed what they can use.
 
-    A submodule with a method ``adapt_state_dict(state_dict, prefix)`` may do so,
-    as a learnable position embedding interpolates that of another grid.
-
-    Args:
-        module (nn.Module): Takes the tensors.
-        tensors (dict[str, Tensor]): From the file.
-
-    Returns:
-        dict[str, Tensor]: A new dict.
+    A submodule with a method ``adapt_state_dict(state_dict, prefix)`` may do so, as a
+    learnable position embedding interpolates that of another grid.
     """
     tensors = dict(tensors)
     for name, part in module.named_modules():
@@ -133,17 +117,10 @@ def adapt(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def explain(module: nn.Module, names: Iterable[str]) -> list[str]:
-    """Ask a module, and its submodules, what tensors that do not fit may be of.
+    """Ask a module what tensors of these names, which do not fit it, may be of.
 
     A submodule with a method ``explain_names(names)`` gives a sentence, or an empty
     text if it knows nothing, as a backbone does for another generation of it.
-
-    Args:
-        module (nn.Module): Was to take the tensors.
-        names (Iterable[str]): Their names, as ``module`` would have them.
-
-    Returns:
-        list[str]: Sentences.
     """
     names, sentences = list(names), []
     for name, part in module.named_modules():

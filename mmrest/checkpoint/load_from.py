@@ -68,14 +68,14 @@ def check_load_from(
     model = _unwrapped(model)
     target = tensors_of(model)  # of a sharded model this takes all processes
 
-    latest = source if isinstance(source, Latest) else None
-    path = source.path if isinstance(source, Latest) else source
+    latest = source if isinstance(source, Latest) else Latest(source, None, -1)
+    path = latest.path
 
     def check() -> None:
-        if latest and latest.state_dict is not None:
+        if latest.state_dict is not None:
             _judge(model, target, path, latest.state_dict, defects=latest.defects)
             return
-        if latest and os.path.isdir(path):
+        if latest is source and os.path.isdir(path):
             return  # a sharded checkpoint, which MMEngine's strategies read
         try:
             checkpoint = read_checkpoint(path)
@@ -85,14 +85,12 @@ def check_load_from(
             # as MMEngine does there, the run goes on; it is no worse than without us
             print_log(f'Not checked: {error}', logger='current', level=logging.WARNING)
             return
-        for hook in hooks:
-            if isinstance(hook, PublishedClassifierHook) and isinstance(
-                checkpoint, dict
-            ):
-                hook.after_load_checkpoint(None, checkpoint)
-        _judge_content(
-            model, target, path, checkpoint, None if exact else allow_missing
-        )
+        if isinstance(checkpoint, dict):
+            for hook in hooks:
+                if isinstance(hook, PublishedClassifierHook):
+                    hook.after_load_checkpoint(None, checkpoint)
+        allowed = None if exact else allow_missing
+        _judge_content(model, target, path, checkpoint, allowed)
 
     if '://' in os.fspath(path):
         check()  # to download it takes all processes
@@ -145,7 +143,19 @@ def _judge(
     tensors = adapt(model, tensors)
     found = compare(tensors, target)
     if not found.fitting:
-        raise CheckpointError(_nothing_fits(tensors, target, source, wrapper))
+        reason = (
+            f'no name and shape is the same. In the file ({len(tensors)}): '
+            f'{shorten(tensors, 4)}. In the model ({len(target)}): '
+            f'{shorten((n for n in target if COUNTER not in n), 4)}.'
+        )
+        if not tensors and wrapper:
+            reason = (
+                f'the tensors are under {wrapper!r}, and it reads state_dict alone.'
+            )
+        raise CheckpointError(
+            f'mmengine would load nothing from {source}: {reason} To start from a '
+            f'pretrained backbone, {_BACKBONE_ADVICE}'
+        )
     defects = [*defects, *describe_defects(found.fitting)]
     what = type(model).__name__
     if new_in_backbone is not None:
@@ -184,8 +194,7 @@ def check_parent_init(
         backbone (nn.Module): Takes the tensors.
         state_dict (dict[str, Any]): What is loaded.
         prefix (str): What the names of the backbone begin with, as ``'backbone.'``.
-        allow_missing (Sequence[str]): As in :func:`load_pretrained`.
-        allow_unexpected (Sequence[str]): As in :func:`load_pretrained`.
+        allow_missing, allow_unexpected: As in :func:`load_pretrained`.
 
     Raises:
         CheckpointError: If the backbone would not be loaded whole.
@@ -216,21 +225,6 @@ def check_parent_init(
             f'the checkpoint that an init_cfg (or pretrained) of the model names does '
             f'not fit its {name}. {" ".join(problems)}'
         )
-
-
-def _nothing_fits(
-    tensors: Mapping, target: Mapping, source: Source, wrapper: str
-) -> str:
-    message = f'mmengine would load nothing from {source}: '
-    if not tensors and wrapper:
-        message += f'the tensors are under {wrapper!r}, and it reads state_dict alone.'
-    else:
-        message += (
-            f'no name and shape is the same. In the file ({len(tensors)}): '
-            f'{shorten(tensors, 4)}. In the model ({len(target)}): '
-            f'{shorten((n for n in target if COUNTER not in n), 4)}.'
-        )
-    return f'{message} To start from a pretrained backbone, {_BACKBONE_ADVICE}'
 
 
 def _backbone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -203,9 +203,7 @@ def load_pretrained(
 def pretrained_options(init_cfg: Any) -> Optional[dict[str, Any]]:
     """Read an ``init_cfg`` that names a checkpoint and nothing else.
 
-    Args:
-        init_cfg (dict | list[dict] | None): As MMEngine's modules take it, with
-            ``adapt_input`` as a further option of ``Pretrained``.
+    ``Pretrained`` has ``adapt_input`` as a further option here.
 
     Returns:
         dict | None: ``source``, ``prefix`` and ``adapt_input`` for
@@ -222,7 +220,7 @@ def pretrained_options(init_cfg: Any) -> Optional[dict[str, Any]]:
                 'init_cfg must be a dict with a type, or a list of these, as '
                 f"dict(type='Pretrained', checkpoint=PATH); found {cfg!r}"
             )
-    if len(cfgs) != 1 or not _is_pretrained(cfgs[0]):
+    if [find_type(cfg, WEIGHT_INITIALIZERS) for cfg in cfgs] != [PretrainedInit]:
         return None
     options = {k: v for k, v in cfgs[0].items() if k not in ('type', '_scope_')}
     unknown = sorted(set(options) - set(_PRETRAINED_OPTIONS))
@@ -298,8 +296,10 @@ def _convert(
     return converted, describe_defects(converted)
 
 
-def _is_pretrained(cfg: dict) -> bool:
-    return bool(cfg) and find_type(cfg, WEIGHT_INITIALIZERS) is PretrainedInit
+def _renamed(old: str, new: str, value: tuple[str, ...]) -> tuple[str, ...]:
+    text = f'LoadReport.{old} is now called {new}'
+    warnings.warn(text, DeprecationWarning, stacklevel=3)
+    return value
 
 
 def _other_input(
@@ -320,13 +320,6 @@ def _other_input(
         and found.shape[2:] == wanted.shape[2:]
     )
     return name if fits else ''
-
-
-def _renamed(old: str, new: str, value: tuple[str, ...]) -> tuple[str, ...]:
-    warnings.warn(
-        f'LoadReport.{old} is now called {new}', DeprecationWarning, stacklevel=3
-    )
-    return value
 
 
 def _nature(tensor: Tensor) -> str:

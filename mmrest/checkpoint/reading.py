@@ -44,12 +44,7 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 
 
 class RefusedError(CheckpointError):
-    """A checkpoint holds an object that safe loading refuses.
-
-    Args:
-        message (str): What is wrong and what to do.
-        name (str): The object, as ``'os.system'``. Default: ``''``.
-    """
+    """A checkpoint holds an object (``name``) that safe loading refuses."""
 
     def __init__(self, message: str, name: str = '') -> None:
         super().__init__(message)
@@ -94,15 +89,7 @@ def read_checkpoint(source: Source, map_location: Any = 'cpu') -> Any:
 def local_file(source: Source) -> Optional[str]:
     """Find the file in which a checkpoint is, and download it first if need be.
 
-    Args:
-        source (str | Path): As for :func:`read_checkpoint`.
-
-    Returns:
-        str | None: Its path, which need not exist; None if MMEngine has to read it.
-
-    Raises:
-        CheckpointError: If ``source`` is neither a path nor a URL, or cannot be
-            downloaded.
+    The path need not exist; it is None if MMEngine has to read it.
     """
     if not isinstance(source, (str, os.PathLike)) or not os.fspath(source):
         raise CheckpointError(
@@ -120,20 +107,7 @@ def is_url(source: str) -> bool:
 
 
 def read_file(path: str, where: str, map_location: Any = 'cpu') -> Any:
-    """Read a file of the file system.
-
-    Args:
-        path (str): The file.
-        where (str): What messages call it.
-        map_location (str | torch.device | dict | callable): As in
-            ``torch.load``. Default: ``'cpu'``.
-
-    Returns:
-        Any: As :func:`read_checkpoint`.
-
-    Raises:
-        CheckpointError: As :func:`read_checkpoint`.
-    """
+    """As :func:`read_checkpoint`, of a file that messages call ``where``."""
     if os.path.isdir(path):
         raise CheckpointNotFoundError(
             f'the checkpoint {where} is a folder; name the file in it'
@@ -141,9 +115,8 @@ def read_file(path: str, where: str, map_location: Any = 'cpu') -> Any:
         )
     if not os.path.exists(path):
         folder = os.path.dirname(os.path.abspath(path))
-        if not os.path.isdir(folder):
-            found = f'its folder {folder} does not exist either'
-        else:
+        found = f'its folder {folder} does not exist either'
+        if os.path.isdir(folder):
             found = f'its folder exists{_list_checkpoints(folder)}'
         from ..weights import advise  # which reads through this module
 
@@ -178,11 +151,8 @@ def read_file(path: str, where: str, map_location: Any = 'cpu') -> Any:
 
 
 def _list_checkpoints(folder: str) -> str:
-    names = sorted(
-        n
-        for n in os.listdir(folder)
-        if n.endswith(('.pth', '.safetensors', '.pdparams'))
-    )
+    ends = ('.pth', '.safetensors', '.pdparams')
+    names = sorted(name for name in os.listdir(folder) if name.endswith(ends))
     return f', with {shorten(names)}' if names else ', without a .pth file'
 
 
@@ -191,32 +161,23 @@ def _download(url: str) -> str:
     name = os.path.basename(urlparse(url).path)
     if not name:
         raise CheckpointError(f'{url} does not end in the name of a file')
-    folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
-    path = os.path.join(folder, name)
-    if get_rank() == 0:
-        try:
-            _fetch(url, folder, path)
-        finally:
-            barrier()
-    else:
-        barrier()
-        # a machine that does not share the cache fetches its own
-        _fetch(url, folder, path)
-    return path
-
-
-def _fetch(url: str, folder: str, path: str) -> None:
-    if os.path.exists(path):
-        return
-    print_log(f'Downloading {url} to {path}', logger='current')
+    path = os.path.join(torch.hub.get_dir(), 'checkpoints', name)
+    if get_rank() > 0:
+        barrier()  # a machine that does not share the cache fetches its own
     try:
-        os.makedirs(folder, exist_ok=True)
-        torch.hub.download_url_to_file(url, path, progress=os.isatty(2))
+        if not os.path.exists(path):
+            print_log(f'Downloading {url} to {path}', logger='current')
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            torch.hub.download_url_to_file(url, path, progress=os.isatty(2))
     except (urllib.error.URLError, OSError) as error:
         raise CheckpointNotFoundError(
             f'{url} could not be downloaded: {error}. Check the address and the '
             'network, or download the file by hand and name it by its path.'
         ) from error
+    finally:
+        if get_rank() == 0:
+            barrier()
+    return path
 
 
 def _read_through_mmengine(source: str, map_location: Any) -> Any:
@@ -262,7 +223,6 @@ def _raise_if_refused(error: Exception, where: str) -> None:
 
 _DAMAGED_ADVICE = 'Copy or download it again and compare its size with the source.'
 _UNPACK_ADVICE = 'Unpack it and name the checkpoint inside.'
-_NAME_ADVICE = 'Name a checkpoint that torch.save wrote.'
 # first bytes, what begins so, what to do
 _KINDS = (
     (
@@ -312,7 +272,7 @@ def _foreign_kind(path: str) -> Optional[str]:
         with zipfile.ZipFile(path) as archive:
             names = [name.rsplit('/', 1)[-1] for name in archive.namelist()]
     except zipfile.BadZipFile as error:
-        return _found(path, f'It is a damaged zip archive ({error})', _DAMAGED_ADVICE)
+        return _found(path, f'It is a damaged zip archive ({error})')
     if 'constants.pkl' in names:
         return _found(
             path,
@@ -333,7 +293,8 @@ def _why_damaged(path: str, reason: str) -> str:
     elif is_paddle(path):
         kind = f'It is not what paddle.save writes, or a part is damaged ({reason})'
     elif not (is_zip or is_pickle):
-        return _found(path, 'It is not a checkpoint', _NAME_ADVICE)
+        advice = 'Name a checkpoint that torch.save wrote.'
+        return _found(path, 'It is not a checkpoint', advice)
     elif 'Unsupported operand' in reason:
         return _found(
             path,
@@ -342,22 +303,22 @@ def _why_damaged(path: str, reason: str) -> str:
             'Save it again with torch.save and its default pickle_protocol. A file of '
             'PaddlePaddle is read if its name ends in .pdparams.',
         )
-    elif is_zip and not zipfile.is_zipfile(path):
+    elif is_zip and zipfile.is_zipfile(path):
+        kind = 'It is a checkpoint of which a part is damaged'
+    elif is_zip:
         kind = (
             'It begins as a checkpoint and lacks its end, so it was copied or '
             'downloaded in part'
         )
-    elif is_zip:
-        kind = 'It is a checkpoint of which a part is damaged'
     else:
         kind = (
             'It begins as a pickle, so it is a checkpoint in the format of PyTorch '
             'before 1.6 that was copied in part, or no checkpoint'
         )
-    return _found(path, kind, _DAMAGED_ADVICE)
+    return _found(path, kind)
 
 
-def _found(path: str, kind: str, advice: str) -> str:
+def _found(path: str, kind: str, advice: str = _DAMAGED_ADVICE) -> str:
     size = os.path.getsize(path)
     return f'{kind} (first bytes {_read_head(path)[:16]!r}, {size:,} bytes). {advice}'
 

@@ -6,7 +6,6 @@ It is read once, by the first process, which tells the others.
 import os
 import re
 import zipfile
-from collections.abc import Iterator
 from typing import Any, Callable, NamedTuple, Optional, TypeVar
 
 import torch
@@ -26,25 +25,17 @@ TRAINING_STATE = ('meta', 'state_dict', 'message_hub')
 
 
 class Latest(NamedTuple):
-    """A checkpoint to continue from.
+    """A checkpoint to continue from."""
 
-    Attributes:
-        path (str): The file.
-        seed (int | None): Of the run that wrote it.
-        iteration (int): How far that run was; -1 if not known.
-        warning (str): Why it is not the one that ``last_checkpoint`` names; empty
-            if it is.
-        state_dict (dict[str, Tensor] | None): Names and shapes of its weights, on the
-            meta device; None if it was not read in this process.
-        defects (tuple[str]): What is wrong with the values of the weights.
-    """
-
-    path: str
-    seed: Optional[int]
-    iteration: int
+    path: Source  # the file
+    seed: Optional[int]  # of the run that wrote it
+    iteration: int  # how far that run was; -1 if not known
+    # why it is not the one that ``last_checkpoint`` names; empty if it is
     warning: str = ''
+    # names and shapes of its weights, on the meta device; None if it was not read in
+    # this process
     state_dict: Optional[dict[str, Tensor]] = None
-    defects: tuple[str, ...] = ()
+    defects: tuple[str, ...] = ()  # what is wrong with the values of the weights
 
 
 def choose_checkpoint(work_dir: str, resume: Source = 'auto') -> Optional[Latest]:
@@ -75,7 +66,7 @@ def choose_checkpoint(work_dir: str, resume: Source = 'auto') -> Optional[Latest
     latest = on_first_process(choose)
     if latest is None:
         return None
-    _check_visible(latest.path)
+    _check_visible(os.fspath(latest.path))
     return found[0] or latest
 
 
@@ -99,6 +90,8 @@ def find_latest(work_dir: str) -> Optional[Latest]:
     """
     named = _named(work_dir)
     damaged: dict[str, str] = {}
+    folders = {os.path.abspath(work_dir)}
+    templates = list(NAMES)
     if named is not None:
         try:
             return inspect_latest(named)
@@ -106,17 +99,24 @@ def find_latest(work_dir: str) -> Optional[Latest]:
             raise
         except CheckpointError as error:
             damaged[named] = str(error)
-    folders = [os.path.dirname(named)] if named and '://' not in named else []
-    if os.path.abspath(work_dir) not in folders:
-        folders.append(os.path.abspath(work_dir))
-    found = [
-        latest
-        for name in _templates(named)
-        if (latest := _newest_whole(folders, name, damaged)) is not None
-    ]
-    if found:
-        latest = max(found, key=lambda item: item.iteration)
-        return latest._replace(warning=_warn(work_dir, named, latest, damaged))
+        if '://' not in named:
+            folders.add(os.path.dirname(named))
+        numbered = re.fullmatch(r'(.*?)\d+(\D*)', os.path.basename(named))
+        if numbered:
+            templates.insert(0, '{}'.join(numbered.groups()))
+    found = [_newest_whole(folders, name, damaged) for name in templates]
+    whole = [latest for latest in found if latest is not None]
+    if whole:
+        latest = max(whole, key=lambda item: item.iteration)
+        reasons = [f'last_checkpoint names {named}, which cannot be used.']
+        if named is None:
+            reasons = [f'{os.path.join(work_dir, "last_checkpoint")} names no file.']
+        reasons += [f'{reason.removesuffix(".")}.' for reason in damaged.values()]
+        warning = (
+            f'{" ".join(reasons)} Continuing from {latest.path}, the newest that is '
+            f'whole (iteration {latest.iteration}).'
+        )
+        return latest._replace(warning=warning)
     if not damaged:
         return None
     reasons = [f'{path}: {reason}' for path, reason in damaged.items()]
@@ -131,11 +131,7 @@ def find_latest(work_dir: str) -> Optional[Latest]:
 def inspect_latest(path: Source) -> Latest:
     """Make sure that a run can continue from a checkpoint.
 
-    Args:
-        path (str | Path): A file; a folder (sharded) or an address is believed.
-
-    Returns:
-        Latest: With what the checkpoint says of its run.
+    A folder, which holds a sharded one, or an address is believed.
 
     Raises:
         CheckpointError: If the file is damaged, refused by safe loading, or holds
@@ -175,13 +171,7 @@ def inspect_latest(path: Source) -> Latest:
 
 
 def on_first_process(action: Callable[[], T]) -> T:
-    """Let the first process do something, and give its result to all.
-
-    Args:
-        action (callable): Called without arguments. Its result must be picklable.
-
-    Returns:
-        Any: What it returned.
+    """Let the first process do something, and give its result, or its error, to all.
 
     Raises:
         CheckpointError: On the other processes, if it raised an error on the first.
@@ -238,20 +228,19 @@ def _named(work_dir: str) -> Optional[str]:
     return text or None
 
 
-def _templates(named: Optional[str]) -> list[str]:
-    """Name patterns to look for: that of the named file and the usual ones."""
-    templates = list(NAMES)
-    parts = re.fullmatch(r'(.*?)(\d+)(\D*)', os.path.basename(named or ''))
-    if parts:
-        own = '{}'.join((parts[1], parts[3]))
-        templates = [own, *(name for name in NAMES if name != own)]
-    return templates
-
-
 def _newest_whole(
-    folders: list[str], template: str, damaged: dict[str, str]
+    folders: set[str], template: str, damaged: dict[str, str]
 ) -> Optional[Latest]:
-    for path in _newest_first(folders, template):
+    """Inspect the files of a name from the newest on, and note those that fail."""
+    pattern = r'(\d+)'.join(re.escape(part) for part in template.split('{}'))
+    numbered = [
+        (int(match[1]), os.path.join(folder, name))
+        for folder in folders
+        if os.path.isdir(folder)
+        for name in os.listdir(folder)
+        if (match := re.fullmatch(pattern, name))
+    ]
+    for _, path in sorted(numbered, reverse=True):
         if path in damaged:
             continue
         try:
@@ -263,18 +252,6 @@ def _newest_whole(
         except CheckpointError as error:
             damaged[path] = str(error)
     return None
-
-
-def _newest_first(folders: list[str], template: str) -> Iterator[str]:
-    pattern = r'(\d+)'.join(re.escape(part) for part in template.split('{}'))
-    found = []
-    for folder in folders:
-        names = os.listdir(folder) if os.path.isdir(folder) else ()
-        for name in names:
-            match = re.fullmatch(pattern, name)
-            if match:
-                found.append((int(match[1]), os.path.join(folder, name)))
-    return (path for _, path in sorted(found, reverse=True))
 
 
 def _missing_state(checkpoint: Any) -> Optional[str]:
@@ -296,21 +273,3 @@ def _broken_part(path: str) -> Optional[str]:
             return archive.testzip()
     except (OSError, zipfile.BadZipFile) as error:
         return f'a part ({error})'
-
-
-def _warn(
-    work_dir: str, named: Optional[str], latest: Latest, damaged: dict[str, str]
-) -> str:
-    if named is None:
-        reasons = [f'{os.path.join(work_dir, "last_checkpoint")} names no file.']
-    else:
-        reasons = [f'last_checkpoint names {named}, which cannot be used.']
-    reasons += [_sentence(reason) for reason in damaged.values()]
-    return (
-        f'{" ".join(reasons)} Continuing from {latest.path}, the newest that is whole '
-        f'(iteration {latest.iteration}).'
-    )
-
-
-def _sentence(text: str) -> str:
-    return text if text.endswith('.') else f'{text}.'

@@ -1,9 +1,8 @@
 """The tensors of a checkpoint, whatever they are wrapped in."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 from mmengine.logging import print_log
 from torch import Tensor
@@ -20,18 +19,13 @@ PREFIXES = ('module.', 'backbone.bottom_up.', 'backbone.')
 
 @dataclass(frozen=True)
 class StateDict:
-    """The tensors of a checkpoint and where in it they were.
+    """The tensors of a checkpoint and where in it they were."""
 
-    Attributes:
-        tensors (dict[str, Tensor]): The tensors under their names in the file.
-        wrapper (str): The keys that led to them, as ``'state_dict'``; empty if
-            the file holds them bare.
-        others (dict[str, str]): Entries beside the tensors that are none, with
-            the names of their types.
-    """
-
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor]  # the tensors under their names in the file
+    # the keys that led to them, as ``'state_dict'``; empty if the file holds them
+    # bare
     wrapper: str
+    # entries beside the tensors that are none, with the names of their types
     others: dict[str, str]
 
 
@@ -62,14 +56,7 @@ def read_state_dict(source: Source, map_location: Any = 'cpu') -> dict[str, Tens
 
 
 def find_state_dict(checkpoint: Any, source: Source) -> StateDict:
-    """Unwrap the state dict of a checkpoint.
-
-    Args:
-        checkpoint (Any): What :func:`read_checkpoint` returned.
-        source (str | Path): Where it came from, for messages.
-
-    Returns:
-        StateDict: The tensors and where they were.
+    """Unwrap the state dict of what :func:`read_checkpoint` gave for ``source``.
 
     Raises:
         CheckpointError: If there are no tensors where they are expected.
@@ -81,10 +68,7 @@ def find_state_dict(checkpoint: Any, source: Source) -> StateDict:
         )
     path: list[str] = []
     content = checkpoint
-    while True:
-        found = [name for name in WRAPPERS if _holds_tensors(content.get(name))]
-        if not found:
-            break
+    while found := [name for name in WRAPPERS if _holds_tensors(content.get(name))]:
         if len(found) > 1:
             print_log(
                 f'{source} holds {" and ".join(found)}; {found[0]} is read',
@@ -92,22 +76,21 @@ def find_state_dict(checkpoint: Any, source: Source) -> StateDict:
             )
         path.append(found[0])
         content = content[found[0]]
-    tensors = {str(k): v.detach() for k, v in content.items() if _is_tensor(v)}
+    tensors, others = {}, {}
+    for name, value in content.items():
+        if isinstance(value, Tensor):
+            tensors[str(name)] = value.detach()
+        else:
+            others[str(name)] = type(value).__name__
     if not tensors:
         raise CheckpointError(_no_tensors(checkpoint, source))
-    others = {str(k): type(v).__name__ for k, v in content.items() if not _is_tensor(v)}
     return StateDict(tensors, '.'.join(path), others)
 
 
 def as_mmengine_reads(checkpoint: Any, source: Source) -> dict[str, Tensor]:
     """Find the tensors that MMEngine loads: those under ``state_dict``, or bare.
 
-    Args:
-        checkpoint (Any): What :func:`read_checkpoint` returned.
-        source (str | Path): Where it came from, for messages.
-
-    Returns:
-        dict[str, Tensor]: The tensors by name, without the prefix ``module.``.
+    Their names come without the prefix ``module.``, which it takes off.
 
     Raises:
         CheckpointError: If it holds something else.
@@ -121,7 +104,7 @@ def as_mmengine_reads(checkpoint: Any, source: Source) -> dict[str, Tensor]:
             f'{where} is a {type(state).__name__}, not a dict of tensors'
         )
     return {
-        re.sub(r'^module\.', '', str(name)): tensor
+        str(name).removeprefix('module.'): tensor
         for name, tensor in state.items()
         if isinstance(tensor, Tensor)
     }
@@ -131,12 +114,11 @@ def shared_prefix(names: Any, known: tuple[str, ...] = PREFIXES) -> str:
     """Find the longest chain of known prefixes that every name begins with."""
     prefix = ''
     while True:
-        for part in known:
-            if all(name.startswith(prefix + part) for name in names):
-                prefix += part
-                break
-        else:
+        longer = (prefix + part for part in known)
+        fits = [one for one in longer if all(name.startswith(one) for name in names)]
+        if not fits:
             return prefix
+        prefix = fits[0]
 
 
 def prefixes_in(names: Any, known: tuple[str, ...] = PREFIXES) -> list[str]:
@@ -150,15 +132,9 @@ def prefixes_in(names: Any, known: tuple[str, ...] = PREFIXES) -> list[str]:
     return chains
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
-
-
 def _holds_tensors(value: Any) -> bool:
-    if not isinstance(value, Mapping):
-        return False
-    return any(
-        _is_tensor(inner) or (key in WRAPPERS and _holds_tensors(inner))
+    return isinstance(value, Mapping) and any(
+        isinstance(inner, Tensor) or (key in WRAPPERS and _holds_tensors(inner))
         for key, inner in value.items()
     )
 
@@ -167,22 +143,17 @@ def _no_tensors(checkpoint: Mapping, source: Source) -> str:
     if not checkpoint:
         return f"{source} holds an empty dict. Save a model's state_dict()."
     found = shorten(f'{k!r} ({type(v).__name__})' for k, v in checkpoint.items())
-    message = (
+    advice = "Save a model's state_dict()."
+    for name, value in checkpoint.items():
+        if isinstance(value, Mapping) and any(
+            isinstance(v, Tensor) for v in value.values()
+        ):
+            advice = (
+                f"There are tensors under '{name}'; if these are the weights, save "
+                f"them again as {{'state_dict': checkpoint['{name}']}}."
+            )
+            break
+    return (
         f'{source} holds no tensors, neither bare nor under {", ".join(WRAPPERS)}; '
-        f'found {found}.'
+        f'found {found}. {advice}'
     )
-    elsewhere: Optional[str] = next(
-        (
-            str(k)
-            for k, v in checkpoint.items()
-            if isinstance(v, Mapping) and any(map(_is_tensor, v.values()))
-        ),
-        None,
-    )
-    if elsewhere:
-        return (
-            f'{message} There are tensors under {elsewhere!r}; if these are the '
-            "weights, save them again as {'state_dict': checkpoint["
-            f'{elsewhere!r}]}}.'
-        )
-    return f"{message} Save a model's state_dict()."

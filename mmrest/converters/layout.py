@@ -37,19 +37,12 @@ FC_CHANNELS = 1024
 
 @dataclass(frozen=True)
 class Detector:
-    """What a checkpoint holds.
+    """What a checkpoint holds."""
 
-    Attributes:
-        kind (str): ``'mask_rcnn'`` or ``'retinanet'``.
-        arch (str): The backbone's name, as ``'small'``.
-        num_classes (int): Classes without background.
-        backbone (str): ``'ResT'`` or ``'ResTV2'``. Default: ``'ResT'``.
-    """
-
-    kind: str
-    arch: str
-    num_classes: int
-    backbone: str = 'ResT'
+    kind: str  # ``'mask_rcnn'`` or ``'retinanet'``
+    arch: str  # the backbone's name, as ``'small'``
+    num_classes: int  # classes without background
+    backbone: str = 'ResT'  # or ``'ResTV2'``
 
     @property
     def name(self) -> str:
@@ -63,20 +56,13 @@ class Detector:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor under its two names.
+    """One tensor under its two names."""
 
-    Attributes:
-        detectron2 (str): Name in a published checkpoint.
-        mmdet (str): Name in mmdet's modules.
-        shape (tuple[int]): The same in both.
-        anchor_order (bool): Whether the first axis counts RetinaNet's nine
-            anchors, size-major in detectron2 and ratio-major in mmdet.
-            Default: False.
-    """
-
-    detectron2: str
-    mmdet: str
-    shape: tuple[int, ...]
+    detectron2: str  # name in a published checkpoint
+    mmdet: str  # name in mmdet's modules
+    shape: tuple[int, ...]  # the same in both
+    # whether the first axis counts RetinaNet's nine anchors, size-major in detectron2
+    # and ratio-major in mmdet
     anchor_order: bool = False
 
     def reorder(self, tensor: Tensor) -> Tensor:

@@ -20,18 +20,12 @@ from torch import nn
 
 @dataclass
 class Complexity:
-    """Counts of one forward pass.
+    """Counts of one forward pass."""
 
-    Attributes:
-        shape (tuple[int, int]): height and width that the model saw.
-        flops (dict[str, int]): multiply-accumulates of the whole ('total') and
-            of each child of the model.
-        params (dict[str, int]): parameters, likewise.
-    """
-
-    shape: tuple[int, int]
+    shape: tuple[int, int]  # height and width that the model saw
+    # multiply-accumulates of the whole ('total') and of each child of the model
     flops: dict[str, int]
-    params: dict[str, int]
+    params: dict[str, int]  # parameters, likewise
 
 
 def fused_attention_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:

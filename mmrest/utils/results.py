@@ -33,17 +33,11 @@ class ResultsError(ValueError):
 
 @dataclass(frozen=True)
 class Expected:
-    """What a checkpoint of a config should reach.
+    """What a checkpoint of a config should reach."""
 
-    Attributes:
-        metrics (dict[str, float]): figures in percent by name, e.g. ``'box AP'``.
-        tolerance (float): largest difference in percent.
-        kind (str): what kind of figure it is and from where.
-    """
-
-    metrics: dict[str, float]
-    tolerance: float
-    kind: str
+    metrics: dict[str, float]  # figures in percent by name, e.g. ``'box AP'``
+    tolerance: float  # largest difference in percent
+    kind: str  # what kind of figure it is and from where
 
 
 def read_index(root: Optional[Path] = None) -> list[dict[str, Any]]:

@@ -29,12 +29,11 @@ from mmengine.logging import print_log
 from mmengine.registry import init_default_scope
 
 from ...utils.config_types import find_toolbox
-from .coco import CocoDataset, Content, check_annotations, find_coco_datasets
+from .coco import CocoDataset, check_annotations, find_coco_datasets
 from .evaluators import check_evaluators, find_evaluators, with_evaluation
 from .images import check_images
-from .masks import check_masks
 from .model import check_class_counts, check_weights
-from .reading import check_class_text, find_datasets
+from .reading import check_class_text
 from .schedule import check_loaders, check_units
 from .segmentation import check_ignored, check_seg_dataset, find_seg_datasets
 from .usage import describe_use
@@ -70,19 +69,19 @@ def check_config(cfg: Config, stage: str = 'train') -> Report:
     Raises:
         PreflightError: With every finding.
     """
-    _enter_scope(cfg)
-    found = [*check_folders(cfg), *check_weights(cfg, stage)]
-    found += check_loaders(cfg, STAGES[stage])
-    notes: list[str] = []
-    if stage == 'train':
-        clashes, notes = check_units(cfg)
-        found += clashes
+    init_default_scope(find_toolbox(cfg) or 'mmengine')
+    clashes, notes = check_units(cfg) if stage == 'train' else ([], [])
     options = dict(cfg.get('preflight') or {}, read=not cfg.get('resume'))
     with _uncollected():
         in_data, report = _examine(cfg, stage, **options)
-    _raise_if_any(
-        [*found, *in_data], 'To start without this check, add --no-preflight.'
-    )
+    found = [
+        *check_folders(cfg),
+        *check_weights(cfg, stage),
+        *check_loaders(cfg, STAGES[stage]),
+        *clashes,
+        *in_data,
+    ]
+    _raise_if_any(found, 'To start without this check, add --no-preflight.')
     return [(logging.WARNING, note) for note in notes] + report
 
 
@@ -103,7 +102,7 @@ def check_data(cfg: Config, stage: str = 'train', **options: Any) -> Report:
     Raises:
         PreflightError: With every finding.
     """
-    _enter_scope(cfg)
+    init_default_scope(find_toolbox(cfg) or 'mmengine')
     with _uncollected():
         found, report = _examine(cfg, stage, **options)
     _raise_if_any(found)
@@ -114,10 +113,6 @@ def log_report(report: Report) -> None:
     """Log what a check returned; after the Runner is built, into its file too."""
     for level, text in report:
         print_log(text, logger='current', level=level)
-
-
-def _enter_scope(cfg: Config) -> None:
-    init_default_scope(find_toolbox(cfg) or 'mmengine')
 
 
 @contextmanager
@@ -142,13 +137,10 @@ def _examine(
     """Findings, and the report of sound data; without ``read`` no file is opened."""
     model = cfg.get('model') or {}
     findings: list[str] = []
-    summary, notes = [], []
+    summary: list[str] = []
+    report: Report = []
     for split in STAGES[stage]:
-        texts = [
-            text
-            for place in find_datasets(cfg, split)
-            for text in check_class_text(*place)
-        ]
+        texts = list(check_class_text(cfg, split))
         findings += texts
         if texts:  # the classes are not what was meant
             continue
@@ -156,22 +148,27 @@ def _examine(
         contents = []
         for dataset in find_coco_datasets(cfg, split):
             dataset = with_evaluation(dataset, evaluators)
-            content, found = None, _find_files(dataset)
-            clauses: list[str] = []
+            found, content = list(_find_files(dataset)), None
             if read and osp.isfile(dataset.ann_file):
-                content, texts, clauses = _examine_coco(
-                    dataset, unused_categories, decode
-                )
+                content, texts = check_annotations(dataset, unused_categories)
                 found += texts
-                clauses = [] if found else clauses
+            kinds: list[str] = []
+            if content and osp.isdir(dataset.image_folder):
+                texts, kinds = check_images(dataset, content.images, decode)
+                found += texts
+            if content:
+                summary.append(
+                    f'{split}: {len(content.images)} images, {len(content.ids)} '
+                    f'annotations, {len(dataset.classes)} classes'
+                )
+            if content and not found:
+                clauses = '; '.join([*describe_use(dataset, content), *kinds])
+                if clauses:
+                    report.append((logging.WARNING, f'{dataset.where}: {clauses}.'))
             contents.append((dataset, content))
             findings += [*found, *check_class_counts(model, dataset)]
-            if content is not None:
-                summary.append(f'{split}: {_size(dataset, content)}')
-            if clauses:
-                notes.append(f'{dataset.where}: {"; ".join(clauses)}.')
-        datasets = find_seg_datasets(cfg, split)
-        for seg_dataset in datasets:
+        seg_datasets = find_seg_datasets(cfg, split)
+        for seg_dataset in seg_datasets:
             if read:
                 count, found = check_seg_dataset(seg_dataset, decode)
                 findings += found
@@ -179,9 +176,8 @@ def _examine(
                     f'{split}: {count} images, {len(seg_dataset.classes)} classes'
                 )
             findings += check_class_counts(model, seg_dataset)
-        findings += check_ignored(cfg, split) if datasets else []
+        findings += check_ignored(cfg, split) if seg_datasets else []
         findings += check_evaluators(evaluators, contents)
-    report = [(logging.WARNING, note) for note in notes]
     if summary:
         report.append((logging.INFO, f'Preflight passed. {"; ".join(summary)}.'))
     elif not read:
@@ -189,51 +185,23 @@ def _examine(
     return findings, report
 
 
-def _find_files(dataset: CocoDataset) -> list[str]:
+def _find_files(dataset: CocoDataset) -> Iterator[str]:
     """Whether the annotation file and the folder of images exist."""
-    where, found = dataset.where, []
-    if not osp.isfile(dataset.ann_file):
-        kind = 'is a folder' if osp.isdir(dataset.ann_file) else 'does not exist'
-        root = dataset.data_root
-        lost = (
-            f', nor does its data_root {root}' if root and not osp.isdir(root) else ''
-        )
-        found.append(
-            f'{where}: the annotation file {osp.abspath(dataset.ann_file)} {kind}'
-            f'{lost}. Put the data there, or set {where}.data_root, .ann_file and '
-            '.data_prefix.img (relative paths start at the current folder).'
+    where, path, root = dataset.where, dataset.ann_file, dataset.data_root
+    if not osp.isfile(path):
+        kind = 'is a folder' if osp.isdir(path) else 'does not exist'
+        if root and not osp.isdir(root):
+            kind += f', nor does its data_root {root}'
+        yield (
+            f'{where}: the annotation file {osp.abspath(path)} {kind}. Put the '
+            f'data there, or set {where}.data_root, .ann_file and .data_prefix.img '
+            '(relative paths start at the current folder).'
         )
     elif not osp.isdir(dataset.image_folder):
-        found.append(
+        yield (
             f'{where}: the image folder {osp.abspath(dataset.image_folder)} does not '
             f'exist. Put the images there, or set {where}.data_prefix.img.'
         )
-    return found
-
-
-def _examine_coco(
-    dataset: CocoDataset, unused_categories: bool, decode: Optional[int]
-) -> tuple[Optional[Content], list[str], list[str]]:
-    """A dataset's content, findings about it, and clauses about its use."""
-    content, found = check_annotations(dataset, unused_categories)
-    if content is None:
-        return None, found, []
-    if dataset.needs_masks:
-        place = f'{dataset.where}: {dataset.ann_file}'
-        found += [f'{place} {text}' for text in check_masks(dataset, content)]
-    kinds: list[str] = []
-    if osp.isdir(dataset.image_folder):
-        texts, kinds = check_images(dataset, content.images, decode)
-        found += texts
-    clauses = [] if found else [*describe_use(dataset, content), *kinds]
-    return content, found, clauses
-
-
-def _size(dataset: CocoDataset, content: Content) -> str:
-    return (
-        f'{len(content.images)} images, {len(content.ids)} annotations, '
-        f'{len(dataset.classes)} classes'
-    )
 
 
 def _raise_if_any(findings: Iterable[str], advice: str = '') -> None:

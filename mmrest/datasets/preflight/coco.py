@@ -5,7 +5,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Optional
 
 import numpy as np
@@ -15,7 +14,7 @@ from ...utils.config_types import find_type
 from ...utils.text import shorten
 from ..coco_fields import fields_are_filled
 from .images import applies_exif_orientation
-from .masks import read_mask, shorten_polygons
+from .masks import check_masks, read_mask, shorten_polygons
 from .reading import bases, find_classes, find_datasets, find_steps, is_remote, join
 
 FORMAT = (
@@ -26,88 +25,45 @@ FORMAT = (
 
 @dataclass(frozen=True)
 class CocoDataset:
-    """One COCO-format dataset as a config describes it.
+    """One COCO-format dataset as a config describes it."""
 
-    Attributes:
-        where (str): Its place in the config, e.g. ``train_dataloader.dataset``.
-        ann_file (str): Path of the annotation file, ``data_root`` included.
-        data_root (str): As in the config.
-        image_folder (str): Folder that the file names are relative to.
-        classes (tuple[str]): Class names that the run uses, in its order.
-        things (tuple[str]): Those that have boxes; of a panoptic dataset a part.
-        test_mode (bool): Whether images without annotations are used too.
-        min_size (int): Images with a smaller side are left out of training.
-        filter_empty (bool): Whether images without annotations are, too.
-        apply_exif_orientation (bool): Whether images are loaded by it.
-        loads_files (bool): Whether mmcv loads them, so that they may be decoded here.
-        needs_masks (bool): Whether the pipeline or the metric uses masks.
-        polygons_only (bool): Whether the pipeline takes polygons alone, no RLE.
-        panoptic (bool): Whether annotations are lists of segments.
-        labelled (bool): Whether annotations are used at all.
-        judged (bool): Whether COCO's evaluation reads the file.
-    """
-
-    where: str
-    ann_file: str
-    data_root: str = ''
-    image_folder: str = ''
-    classes: tuple[str, ...] = ()
-    things: tuple[str, ...] = ()
-    test_mode: bool = True
-    min_size: int = 0
-    filter_empty: bool = False
-    apply_exif_orientation: bool = True
+    where: str  # its place in the config, e.g. ``train_dataloader.dataset``
+    ann_file: str  # path of the annotation file, ``data_root`` included
+    data_root: str = ''  # as in the config
+    image_folder: str = ''  # folder that the file names are relative to
+    classes: tuple[str, ...] = ()  # class names that the run uses, in its order
+    things: tuple[str, ...] = ()  # those that have boxes; of a panoptic dataset a part
+    test_mode: bool = True  # whether images without annotations are used too
+    min_size: int = 0  # images with a smaller side are left out of training
+    filter_empty: bool = False  # whether images without annotations are, too
+    apply_exif_orientation: bool = True  # whether images are loaded by it
+    # whether mmcv loads them, so that they may be decoded here
     loads_files: bool = True
-    needs_masks: bool = False
-    polygons_only: bool = False
-    panoptic: bool = False
-    labelled: bool = True
-    judged: bool = False
+    needs_masks: bool = False  # whether the pipeline or the metric uses masks
+    polygons_only: bool = False  # whether the pipeline takes polygons alone, no RLE
+    panoptic: bool = False  # whether annotations are lists of segments
+    labelled: bool = True  # whether annotations are used at all
+    judged: bool = False  # whether COCO's evaluation reads the file
 
 
 @dataclass
 class Content:
-    """An annotation file of the right format; N annotations as columns.
+    """An annotation file of the right format; N annotations as columns."""
 
-    Attributes:
-        images (list[dict]): As in the file.
-        categories (list[dict]): As in the file.
-        ids (list): N ids.
-        category_ids (list): N ids of categories.
-        image (ndarray): (N,) index of the image in ``images``; -1 if there is none.
-        category (ndarray): (N,) index of the category, likewise.
-        box (ndarray): (N, 4) x, y, width and height in pixels.
-        area (ndarray): (N,) in square pixels; the box's where the file has none.
-        crowd (ndarray): (N,) bool, ``iscrowd``.
-        ignore (ndarray): (N,) bool.
-        masks (list): N masks, see :func:`.masks.read_mask`.
-        missing (dict[str, int]): How many annotations lack a field.
-    """
-
-    images: list[dict]
-    categories: list[dict]
-    ids: list
-    category_ids: list
-    image: np.ndarray
-    category: np.ndarray
-    box: np.ndarray
-    area: np.ndarray
-    crowd: np.ndarray
-    ignore: np.ndarray
-    masks: list
-    missing: dict[str, int]
-
-    def of_classes(self, dataset: CocoDataset) -> np.ndarray:
-        """Which annotations are of the dataset's classes, (N,) bool."""
-        known = [item['name'] in dataset.classes for item in self.categories]
-        # the last is what an index of -1 finds
-        return np.array([*known, False])[self.category]
-
-    def lacks(self, dataset: CocoDataset) -> dict[str, int]:
-        """How many annotations lack which field that is needed."""
-        needed = [] if dataset.panoptic else ['area']  # by mmdet's loader
-        needed += ['iscrowd'] if dataset.judged else []
-        return {name: n for name, n in self.missing.items() if n and name in needed}
+    images: list[dict]  # as in the file
+    categories: list[dict]  # as in the file
+    sides: np.ndarray  # (I, 2) widths and heights of the images in pixels
+    ids: list  # N ids
+    category_ids: list  # N ids of categories
+    image: np.ndarray  # (N,) index of the image in ``images``; -1 if there is none
+    category: np.ndarray  # (N,) index of the category, likewise
+    of_classes: np.ndarray  # (N,) bool, whether it is one of the dataset's classes
+    box: np.ndarray  # (N, 4) x, y, width and height in pixels
+    area: np.ndarray  # (N,) in square pixels; the box's where the file has none
+    crowd: np.ndarray  # (N,) bool, ``iscrowd``
+    ignore: np.ndarray  # (N,) bool
+    masks: list  # N masks, see masks.read_mask
+    lacks: dict[str, int]  # how many annotations lack a field that is needed
 
 
 class FormatError(ValueError):
@@ -138,18 +94,16 @@ def _reads_coco(leaf: dict) -> bool:
 
 def _describe(where: str, leaf: dict) -> CocoDataset:
     filters = leaf.get('filter_cfg') or {}
-    masks = [
-        step for step in find_steps(leaf, 'LoadAnnotations') if step.get('with_mask')
-    ]
+    folder = (leaf.get('data_prefix') or {}).get('img')
+    steps = find_steps(leaf, 'LoadAnnotations')
+    masks = [step for step in steps if step.get('with_mask')]
     panoptic = 'CocoPanopticDataset' in bases(leaf, DATASETS)
     classes = find_classes(leaf)
     return CocoDataset(
         where=where,
         ann_file=join(leaf.get('data_root'), leaf['ann_file']),
         data_root=leaf.get('data_root') or '',
-        image_folder=join(
-            leaf.get('data_root'), (leaf.get('data_prefix') or {}).get('img')
-        ),
+        image_folder=join(leaf.get('data_root'), folder),
         classes=classes,
         things=find_classes(leaf, 'thing_classes') if panoptic else classes,
         test_mode=leaf.get('test_mode', False),
@@ -180,7 +134,9 @@ def check_annotations(
     """
     path = dataset.ann_file
     try:
-        content = parse(_read(path), dataset)
+        with open(path, 'rb') as file:
+            text = shorten_polygons(file.read()).decode()
+        content = _parse(json.loads(text), dataset)
     except FormatError as error:
         return None, [
             f'{dataset.where}: the annotation file {path} is not in COCO format: '
@@ -195,19 +151,13 @@ def check_annotations(
         *_check_ids(dataset, content),
         *_check_classes(dataset, content, unused_categories),
         *_check_use(dataset, content),
+        *(check_masks(dataset, content) if dataset.needs_masks else ()),
     ]
     return content, [f'{dataset.where}: {path} {text}' for text in found]
 
 
-def _read(path: str) -> Any:
-    """Read JSON in UTF-8, with polygons cut down to their lengths."""
-    with open(path, 'rb') as file:
-        text = shorten_polygons(file.read()).decode()
-    return json.loads(text)
-
-
-def parse(content: Any, dataset: CocoDataset) -> Content:
-    """Turn what :func:`_read` gives into columns, or raise a ``FormatError``."""
+def _parse(content: Any, dataset: CocoDataset) -> Content:
+    """Turn a JSON object into columns, or raise a ``FormatError``."""
     if not isinstance(content, dict):
         raise FormatError(f'it holds a {type(content).__name__}.{FORMAT}')
     images = _objects(content, 'images', ('id', 'file_name', 'width', 'height'))
@@ -219,47 +169,50 @@ def parse(content: Any, dataset: CocoDataset) -> Content:
         fields = ('id', 'image_id', 'category_id', 'bbox')
         items = _objects(content, 'annotations', fields)
 
-    for item in images:
+    sides = [[item['width'], item['height']] for item in images]
+    sizes = _numbers(sides, 2)
+    for item, (width, height), sound in zip(images, sides, (sizes > 0).all(1)):
         if not isinstance(item['file_name'], str):
             raise FormatError(f'image {item["id"]} is named {item["file_name"]!r}.')
-    sides = [[item['width'], item['height']] for item in images]
-    for row in np.flatnonzero(~(_numbers(sides, 2) > 0).all(1)):
-        width, height = sides[row]
-        raise FormatError(f'image {images[row]["id"]} is {width!r}x{height!r} pixels.')
+        if not sound:
+            raise FormatError(f'image {item["id"]} is {width!r}x{height!r} pixels.')
     ids = [item['id'] for item in items]
-    category_ids = [item['category_id'] for item in items]
     boxes = [item['bbox'] for item in items]
     areas = [item.get('area', 0) for item in items]
     crowds = [item.get('iscrowd', 0) for item in items]
     box, area = _numbers(boxes, 4), _numbers([[value] for value in areas], 1)[:, 0]
-    crowd = np.array([value in (0, 1) for value in crowds], bool)
     for name, values, sound, meaning in (
         ('bbox', boxes, ~np.isnan(box).any(1), '[x, y, width, height] in pixels'),
         ('area', areas, ~np.isnan(area), 'a number of pixels'),
-        ('iscrowd', crowds, crowd, '0 or 1'),
+        ('iscrowd', crowds, [value in (0, 1) for value in crowds], '0 or 1'),
     ):
-        for row in np.flatnonzero(~sound):
+        for row in np.flatnonzero(~np.array(sound, bool)):
             raise FormatError(
                 f'the {name} of annotation {ids[row]} is {values[row]!r}, not '
                 f'{meaning}.'
             )
-    lacks_area = np.array(['area' not in item for item in items], bool)
+    category_ids = [item['category_id'] for item in items]
+    category = _places(category_ids, categories)
+    known = [item['name'] in dataset.classes for item in categories]
+    needed = [] if dataset.panoptic else ['area']  # by mmdet's loader
+    needed += ['iscrowd'] if dataset.judged else []
+    lacks = {name: sum(name not in item for item in items) for name in needed}
+    without_area = np.array(['area' not in item for item in items], bool)
     return Content(
         images=images,
         categories=categories,
+        sides=sizes,
         ids=ids,
         category_ids=category_ids,
         image=_places([item['image_id'] for item in items], images),
-        category=_places(category_ids, categories),
+        category=category,
+        of_classes=np.array([*known, False])[category],  # -1 finds the last
         box=box,
-        area=np.where(lacks_area, box[:, 2] * box[:, 3], area),
+        area=np.where(without_area, box[:, 2] * box[:, 3], area),
         crowd=np.array(crowds, bool),
         ignore=np.array([bool(item.get('ignore')) for item in items], bool),
         masks=[read_mask(item) for item in items],
-        missing=dict(
-            area=int(lacks_area.sum()),
-            iscrowd=sum('iscrowd' not in item for item in items),
-        ),
+        lacks={name: count for name, count in lacks.items() if count},
     )
 
 
@@ -301,17 +254,13 @@ def _objects(content: dict, part: str, fields: tuple[str, ...]) -> list[dict]:
 
 def _numbers(rows: list, length: int) -> np.ndarray:
     """Make an array of (N, length); a row with anything but finite numbers is NaN."""
-    nothing = [math.nan] * length
-    if not all(type(row) is list and len(row) == length for row in rows):
-        same = (type(row) is list and len(row) == length for row in rows)
-        rows = [row if fits else nothing for row, fits in zip(rows, same)]
-    if not set(map(type, chain.from_iterable(rows))) <= {int, float, bool}:
-        rows = [
-            row if all(isinstance(value, (int, float)) for value in row) else nothing
-            for row in rows
-        ]
-    flat = np.fromiter(chain.from_iterable(rows), float, len(rows) * length)
-    values = flat.reshape(-1, length)
+    nothing, numbers = [math.nan] * length, {int, float, bool}
+    sound = (
+        type(row) is list and len(row) == length and numbers.issuperset(map(type, row))
+        for row in rows
+    )
+    plain = [row if fits else nothing for row, fits in zip(rows, sound)]
+    values = np.array(plain, float).reshape(-1, length)
     return np.where(np.isfinite(values).all(1, keepdims=True), values, math.nan)
 
 
@@ -329,8 +278,8 @@ def _check_ids(dataset: CocoDataset, content: Content) -> Iterator[str]:
         annotations=[] if dataset.panoptic else content.ids,
     )
     for part, ids in parts.items():
-        if len(set(ids)) < len(ids):
-            twice = [key for key, count in Counter(ids).items() if count > 1]
+        twice = [key for key, count in Counter(ids).items() if count > 1]
+        if twice:
             yield (
                 f'uses an id of {part} more than once: {shorten(twice)}. Renumber them.'
             )
@@ -350,8 +299,8 @@ def _check_ids(dataset: CocoDataset, content: Content) -> Iterator[str]:
             f'{shorten(content.ids[row] for row in rows)}. Remove them or add the '
             'categories.'
         )
-    for field, count in content.lacks(dataset).items():
-        if not fields_are_filled():
+    if not fields_are_filled():
+        for field, count in content.lacks.items():
             yield (
                 f'has {count} annotations without {field}, which is needed. Add it, or '
                 'call mmrest.datasets.fill_coco_fields() before the run, as '
@@ -362,6 +311,7 @@ def _check_ids(dataset: CocoDataset, content: Content) -> Iterator[str]:
 def _check_classes(
     dataset: CocoDataset, content: Content, unused_categories: bool
 ) -> Iterator[str]:
+    """Say the first thing that is wrong with the names of the categories."""
     names = [item['name'] for item in content.categories]
     if not dataset.classes:  # the class of the dataset reads them from elsewhere
         return
@@ -371,20 +321,18 @@ def _check_classes(
         'heads, or correct the file.'
     )
     twice = [name for name, count in Counter(names).items() if count > 1]
+    unknown = [name for name in dataset.classes if name not in names]
+    others = ~content.of_classes & (content.category >= 0)
+    order = tuple(name for name in names if name in dataset.classes)
     if twice:
         yield f'names categories twice: {shorten(twice)}. Names must be unique.'
-        return
-    known = set(names)
-    unknown = [name for name in dataset.classes if name not in known]
-    if unknown:
+    elif unknown:
         yield (
             f'has the categories {shorten(names)} ({len(names)}), but the config has '
             f'{len(dataset.classes)} classes, of which {len(unknown)} are not in the '
             f'file: {shorten(unknown)}. {advice}'
         )
-        return
-    others = ~content.of_classes(dataset) & (content.category >= 0)
-    if others.any() and not unused_categories:
+    elif others.any() and not unused_categories:
         unused = [names[row] for row in np.unique(content.category[others])]
         yield (
             f'has {others.sum()} annotations of categories that are not among the '
@@ -392,9 +340,7 @@ def _check_classes(
             f'{advice} To leave them out on purpose: --cfg-options '
             'preflight.unused_categories=True.'
         )
-        return
-    order = tuple(name for name in names if name in dataset.classes)
-    if order != dataset.classes:
+    elif order != dataset.classes:
         yield (
             'lists the categories in another order than the config, and labels follow '
             f'the file, so classes would be called by wrong names. Set {field}='
@@ -406,10 +352,10 @@ def _check_use(dataset: CocoDataset, content: Content) -> Iterator[str]:
     if not content.images:
         yield 'lists no images. Give a file with images.'
     elif dataset.labelled and not dataset.test_mode:
-        use = content.of_classes(dataset) | (not dataset.classes)
+        use = content.of_classes | (not dataset.classes)
         use &= content.image >= 0
-        sides = [min(item['width'], item['height']) for item in content.images]
-        if not (np.array(sides)[content.image[use]] >= dataset.min_size).any():
+        sides = content.sides.min(1)[content.image[use]]
+        if not (sides >= dataset.min_size).any():
             limit = (
                 f' and sides of {dataset.min_size} pixels' if dataset.min_size else ''
             )

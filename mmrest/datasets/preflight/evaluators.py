@@ -10,25 +10,17 @@ from mmengine.registry import METRICS
 from ...utils.config_types import find_type
 from ...utils.text import shorten
 from .coco import CocoDataset, Content, check_annotations
-from .masks import check_masks
 from .reading import bases, walk
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A metric that reads an annotation file.
+    """A metric that reads an annotation file."""
 
-    Attributes:
-        where (str): Its place in the config, e.g. ``val_evaluator.1``.
-        ann_file (str): Path of the file; empty if it takes the dataset's objects.
-        coco (bool): Whether it is COCO's evaluation of instances.
-        masks (bool): Whether it compares masks.
-    """
-
-    where: str
-    ann_file: str
-    coco: bool
-    masks: bool
+    where: str  # its place in the config, e.g. ``val_evaluator.1``
+    ann_file: str  # path of the file; empty if it takes the dataset's objects
+    coco: bool  # whether it is COCO's evaluation of instances
+    masks: bool  # whether it compares masks
 
 
 def find_evaluators(cfg: Any, split: str) -> list[Evaluator]:
@@ -72,9 +64,10 @@ def check_evaluators(
     evaluators: list[Evaluator], read: list[tuple[CocoDataset, Optional[Content]]]
 ) -> Iterator[str]:
     """Check that metrics judge by the annotations of the images they are given."""
+    files = [dataset.ann_file for dataset, _ in read]
+    images = [item for _, given in read if given for item in given.images]
     for evaluator in evaluators:
         path, where = evaluator.ann_file, f'{evaluator.where}.ann_file'
-        files = [dataset.ann_file for dataset, _ in read]
         # an absent file of a dataset is reported already
         if not path or any(_is_same(path, file) for file in files):
             continue
@@ -84,36 +77,25 @@ def check_evaluators(
                 f'{where}: {osp.abspath(path)} does not exist. Put it there, or set '
                 f'{where} to an annotation file{other}.'
             )
-            continue
-        if not evaluator.coco or all(content is None for _, content in read):
-            continue
-        own = CocoDataset(
-            where=where,
-            ann_file=path,
-            classes=read[0][0].things,
-            needs_masks=evaluator.masks,
-            judged=True,
-        )
-        content, found = check_annotations(own, unused_categories=True)
-        yield from found
-        if content is None:
-            continue
-        if own.needs_masks:
-            yield from (f'{where}: {path} {text}' for text in check_masks(own, content))
-        known = {(item['id'], _name(item)) for item in content.images}
-        lost = [
-            item
-            for _, given in read
-            if given is not None
-            for item in given.images
-            if (item['id'], _name(item)) not in known
-        ]
-        if lost:
-            yield (
-                f'{where}: it judges by {path}, which does not list {len(lost)} images '
-                f'of {shorten(files)}: {shorten(map(_name, lost))}. Set both to the '
-                'same file.'
+        elif evaluator.coco and any(given is not None for _, given in read):
+            own = CocoDataset(
+                where=where,
+                ann_file=path,
+                classes=read[0][0].things,
+                needs_masks=evaluator.masks,
+                judged=True,
             )
+            content, found = check_annotations(own, unused_categories=True)
+            yield from found
+            known = set(map(_key, content.images)) if content else set()
+            lost = [item for item in images if _key(item) not in known]
+            if content and lost:
+                names = (osp.basename(item['file_name']) for item in lost)
+                yield (
+                    f'{where}: it judges by {path}, which does not list {len(lost)} '
+                    f'images of {shorten(files)}: {shorten(names)}. Set both to the '
+                    'same file.'
+                )
 
 
 def _is_same(path: str, other: str) -> bool:
@@ -122,5 +104,5 @@ def _is_same(path: str, other: str) -> bool:
     return osp.abspath(path) == osp.abspath(other)
 
 
-def _name(image: dict) -> str:
-    return osp.basename(image['file_name'])
+def _key(image: dict) -> tuple:
+    return image['id'], osp.basename(image['file_name'])

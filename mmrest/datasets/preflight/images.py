@@ -42,20 +42,13 @@ class ImageError(ValueError):
 
 
 class ImageFacts(NamedTuple):
-    """What a whole image file becomes when it is loaded.
+    """What a whole image file becomes when it is loaded."""
 
-    Attributes:
-        size (tuple[int, int]): Width and height in pixels, as loaded.
-        kind (str | None): What it is, if it is no plain RGB.
-        note (str): How its EXIF orientation decides about the size; mostly empty.
-        applied (bool | None): Whether the loader applies its EXIF orientation; None
-            if it has none.
-    """
-
-    size: tuple[int, int]
-    kind: Optional[str]
-    note: str
-    applied: Optional[bool]
+    size: tuple[int, int]  # width and height in pixels, as loaded
+    kind: Optional[str]  # what it is, if it is no plain RGB
+    note: str = ''  # how its EXIF orientation decides about the size; mostly empty
+    # whether the loader applies its EXIF orientation; None if it has none
+    applied: Optional[bool] = None
 
 
 def applies_exif_orientation(dataset: dict) -> bool:
@@ -68,12 +61,7 @@ def applies_exif_orientation(dataset: dict) -> bool:
 
 
 def inspect_image(path: str, apply_exif_orientation: bool = True) -> ImageFacts:
-    """Decode an image file.
-
-    Args:
-        path (str): The file.
-        apply_exif_orientation (bool): Whether the pipeline wants it applied.
-            Default: True.
+    """Decode an image file, whose EXIF orientation the pipeline wants applied or not.
 
     Raises:
         ImageError: If it is no image, is damaged, or OpenCV cannot read it.
@@ -85,8 +73,8 @@ def inspect_image(path: str, apply_exif_orientation: bool = True) -> ImageFacts:
                 size, kind = image.size, MODES.get(image.mode.partition(';')[0])
                 form = image.format
                 orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-                tags = getattr(image, 'tag_v2', {})
                 if form == 'TIFF':  # to which Pillow applies it by itself
+                    tags: Any = image.tag_v2  # type: ignore[attr-defined]
                     size = tags[WIDTH_TAG], tags[HEIGHT_TAG]
                 # A JPEG is read to its end at an eighth of the size, much faster.
                 image.draft('RGB', (size[0] // 8, size[1] // 8))
@@ -97,13 +85,13 @@ def inspect_image(path: str, apply_exif_orientation: bool = True) -> ImageFacts:
             raise ImageError(
                 f'({os.stat(path).st_size} bytes) is not an image'
             ) from None
-        size, kind, orientation, form = pixels.shape[1::-1], None, 1, SHARED[0]
+        return ImageFacts(pixels.shape[1::-1], None)
     except DECODE_ERRORS as error:
         raise ImageError(f'cannot be decoded ({error})') from error
     if form not in SHARED and _read_opencv(path) is None:
         raise ImageError(f'is a {form} image of a kind that OpenCV cannot decode')
     if orientation == 1:
-        return ImageFacts(size, kind, '', None)
+        return ImageFacts(size, kind)
     applied, note = apply_exif_orientation, ''
     if orientation in SWAPS_SIDES:
         if applied:  # the version of OpenCV decides for which formats
@@ -136,22 +124,9 @@ def check_images(
     missing = [name for name, size in zip(names, sizes) if size is None]
     empty = [name for name, size in zip(names, sizes) if size == 0]
     present = [item for item, size in zip(images, sizes) if size]
-    found = []
-    if missing:
-        found.append(
-            f'{dataset.where}: {len(missing)} of {len(images)} images listed in '
-            f'{dataset.ann_file} are not in {folder}: {shorten(missing)}. Fetch them, '
-            'or remove them and their annotations from the file.'
-        )
-    if empty:
-        found.append(
-            f'{dataset.where}: {len(empty)} of {len(images)} images in {folder} are '
-            f'empty files (0 bytes): {shorten(empty)}. Fetch them again, or remove '
-            'them and their annotations from the file.'
-        )
+    sample = spread(present, decode if dataset.loads_files else 0)
     bad: list[str] = []
     kinds: Counter = Counter()
-    sample = spread(present, decode if dataset.loads_files else 0)
     for item in sample:
         name, stated = item['file_name'], (item['width'], item['height'])
         try:
@@ -175,25 +150,28 @@ def check_images(
                 f'have an EXIF orientation, which is {done}; boxes must be drawn '
                 'accordingly'
             ] += 1
-    if bad:
-        found.append(
-            f'{dataset.where}: {len(bad)} of {len(sample)} decoded images in {folder} '
-            f'are unusable: {"; ".join(bad[:5])}. Fetch them again, or remove them and '
-            'their annotations from the file.'
-        )
-    return found, [
+    remove = 'remove them and their annotations from the file.'
+    found = [
+        missing
+        and f'{len(missing)} of {len(images)} images listed in {dataset.ann_file} are '
+        f'not in {folder}: {shorten(missing)}. Fetch them, or {remove}',
+        empty
+        and f'{len(empty)} of {len(images)} images in {folder} are empty files (0 '
+        f'bytes): {shorten(empty)}. Fetch them again, or {remove}',
+        bad
+        and f'{len(bad)} of {len(sample)} decoded images in {folder} are unusable: '
+        f'{"; ".join(bad[:5])}. Fetch them again, or {remove}',
+    ]
+    return [f'{dataset.where}: {text}' for text in found if text], [
         f'{count} of {len(sample)} decoded images {kind}'
         for kind, count in sorted(kinds.items())
     ]
 
 
 def spread(items: list, count: Optional[int]) -> list:
-    """Choose the items to decode, evenly spread.
+    """Choose ``count`` items to decode, evenly spread.
 
-    Args:
-        items (list): All of them.
-        count (int | None): How many; None for all where there are at most 500, else
-            100.
+    None stands for all where there are at most 500, else for 100.
     """
     if count is None:
         count = len(items) if len(items) <= ALL_UP_TO else SAMPLE

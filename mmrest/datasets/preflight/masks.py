@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 # In pixels; the time to fill a polygon grows with the length of its outline.
 FAR = 1_000_000
 
-
 # Polygons are four fifths of a file. As Python's numbers they would take most of the
 # time and of the memory, so that plain ones are cut down to their lengths before.
 _PART = rb'\[[-+.,\d\s]*\]'
@@ -32,24 +31,17 @@ _ZEROS = bytes.maketrans(b'123456789', b'000000000')
 
 
 class Polygons(NamedTuple):
-    """What is to know of a list of polygons, in place of its coordinates.
+    """What is to know of a list of polygons, in place of its coordinates."""
 
-    Attributes:
-        first (int): How many numbers the first polygon has.
-        usable (bool): Whether a polygon has three points or more.
-        fault (str | None): What is wrong with the coordinates.
-    """
+    first: int  # how many numbers the first polygon has
+    usable: bool  # whether a polygon has three points or more
+    fault: Optional[str] = None  # what is wrong with the coordinates
 
-    first: int
-    usable: bool
-    fault: Optional[str] = None
 
-    @classmethod
-    @functools.lru_cache(4096)
-    def of(cls, *lengths: int, fault: Optional[str] = None) -> 'Polygons':
-        """Summarise polygons of so many numbers."""
-        usable = any(length >= 6 and length % 2 == 0 for length in lengths)
-        return cls(lengths[0], usable, fault)
+@functools.lru_cache(4096)
+def _summarise(lengths: tuple[int, ...], fault: Optional[str] = None) -> Polygons:
+    usable = any(length >= 6 and length % 2 == 0 for length in lengths)
+    return Polygons(lengths[0], usable, fault)
 
 
 def shorten_polygons(content: bytes) -> bytes:
@@ -64,31 +56,22 @@ def _shorten(match: 're.Match[bytes]') -> bytes:
     text = match[1].translate(_ZEROS)
     if b'0' * 7 in text:  # far off, or of many decimals
         return match[0]
-    return _lengths_text(
-        tuple(
-            part.count(b',', part.rfind(b'[')) + (b'0' in part)
-            for part in text.split(b']')[:-2]
-        )
-    )
-
-
-@functools.lru_cache(4096)
-def _lengths_text(lengths: tuple[int, ...]) -> bytes:
-    return f'"{_LENGTHS}":{list(lengths)}'.encode()
+    lengths = [
+        part.count(b',', part.rfind(b'[')) + (b'0' in part)
+        for part in text.split(b']')[:-2]
+    ]
+    return f'"{_LENGTHS}":{lengths}'.encode()
 
 
 def read_mask(item: dict) -> Any:
-    """Read the mask of an annotation.
-
-    Args:
-        item (dict): An annotation. Its ``segmentation`` is a list of polygons, RLE,
-            compressed (text) or not (a list of run lengths), or missing.
+    """Read the ``segmentation`` of an annotation: polygons, RLE, or nothing.
 
     Returns:
-        Polygons | dict | None: RLE as it is, and None if there is no mask.
+        Polygons | dict | None: RLE as it is, compressed (text) or not (a list of run
+        lengths), and None if there is no mask.
     """
     if _LENGTHS in item:
-        return Polygons.of(*item[_LENGTHS])
+        return _summarise(tuple(item[_LENGTHS]))
     mask = item.get('segmentation')
     if not isinstance(mask, list) or not mask:
         return mask or None
@@ -100,52 +83,45 @@ def read_mask(item: dict) -> Any:
             fault = 'a coordinate is no number'
         elif not all(abs(value) < FAR for value in part):  # also true of NaN
             fault = 'a coordinate is NaN, infinite or far off'
-    return Polygons.of(*map(len, mask), fault=fault)
+    return _summarise(tuple(map(len, mask)), fault)
 
 
 def check_masks(dataset: 'CocoDataset', content: 'Content') -> Iterator[str]:
     """Look for masks that fail, or that mean something else than they say."""
-    read = content.of_classes(dataset) & (content.image >= 0)
+    read = content.of_classes & (content.image >= 0)
     if not dataset.test_mode:  # in a test the metric reads what mmdet leaves out
         read = (content.image >= 0) & ~content.ignore & (content.area > 0)
         read &= content.box[:, 2:].min(1) >= 1
-    rows = np.flatnonzero(read).tolist()
-    masks, ids = content.masks, content.ids
-    lost = [ids[row] for row in rows if not masks[row]]
+    lost, short, faults, coded = [], [], [], []
+    for row in np.flatnonzero(read).tolist():
+        key, mask = content.ids[row], content.masks[row]
+        if not mask:
+            lost.append(key)
+            continue
+        if isinstance(mask, Polygons) and mask.first <= 4 and dataset.test_mode:
+            short.append(key)
+        if isinstance(mask, dict) and dataset.polygons_only and not content.crowd[row]:
+            coded.append(key)
+        fault = mask_fault(mask, content.images[content.image[row]])
+        if fault:
+            faults.append(f'annotation {key} ({fault})')
     if lost:
         yield (
             f'has {len(lost)} annotations without segmentation, and masks are used: '
             f'annotation {shorten(lost)}. Add polygons, remove them, or train a '
             'detector without a mask head.'
         )
-    short = [
-        ids[row]
-        for row in rows
-        if isinstance(masks[row], Polygons) and masks[row].first <= 4
-    ]
-    if short and dataset.test_mode:
+    if short:
         yield (
             f'has {len(short)} annotations whose first polygon has fewer than three '
             f'points, at which the mask metric fails: annotation {shorten(short)}. '
             'Remove these polygons.'
         )
-    faults = [
-        f'annotation {ids[row]} ({fault})'
-        for row in rows
-        if (fault := mask_fault(masks[row], content.images[content.image[row]]))
-    ]
     if faults:
         yield (
             f'has {len(faults)} masks that are damaged or of another image: '
             f'{shorten(faults)}. Export them again, or remove the annotations.'
         )
-    coded = [
-        ids[row]
-        for row in rows
-        if dataset.polygons_only
-        and isinstance(masks[row], dict)
-        and not content.crowd[row]
-    ]
     if coded:
         yield (
             f'has {len(coded)} objects whose mask is RLE, and the pipeline takes '
@@ -155,14 +131,11 @@ def check_masks(dataset: 'CocoDataset', content: 'Content') -> Iterator[str]:
 
 
 def mask_fault(mask: Any, image: dict) -> Optional[str]:
-    """Say what is wrong with a mask.
+    """Say in a few words what is wrong with a mask, or None.
 
     Args:
         mask (Polygons | dict | None): From :func:`read_mask`.
         image (dict): With its ``width`` and ``height`` in pixels.
-
-    Returns:
-        str | None: A few words, or None.
     """
     if not mask:
         return None

@@ -2,7 +2,7 @@
 
 import os.path as osp
 from collections.abc import Iterator
-from typing import Any, Optional, Union
+from typing import Any, Union
 
 from mmengine.registry import MODELS
 
@@ -29,8 +29,19 @@ def check_class_counts(
         return
     wrong, right = [], []
     for where, part in walk(model, 'model'):
-        for field, count in _counts(where, part, classes, things).items():
-            if part[field] != count:
+        if (
+            'rpn' in where  # which tells objects from background alone
+            or part.get('class_agnostic')
+            or part.get('contrastive_cfg')  # whose classes are words of a text
+            or OTHER_HEADS & {type_name(part), *bases(part, MODELS)}
+        ):
+            continue
+        expected = dict(num_classes=things)
+        if isinstance(part.get('num_things_classes'), int):
+            stuff = classes - things
+            expected = dict(num_things_classes=things, num_stuff_classes=stuff)
+        for field, count in expected.items():
+            if isinstance(part.get(field), int) and part[field] != count:
                 wrong.append(f'{where}.{field} is {part[field]}')
                 right.append(f'{where}.{field}={count}')
     if wrong:
@@ -39,22 +50,6 @@ def check_class_counts(
             f'Set --cfg-options {" ".join(right)}, or correct the classes of the '
             'dataset.'
         )
-
-
-def _counts(where: str, part: dict, classes: int, things: int) -> dict[str, int]:
-    """What the fields of a part must be that count classes."""
-    if isinstance(part.get('num_things_classes'), int):
-        expected = dict(num_things_classes=things, num_stuff_classes=classes - things)
-    else:
-        expected = dict(num_classes=things)
-    if (
-        'rpn' in where  # which tells objects from background alone
-        or part.get('class_agnostic')
-        or part.get('contrastive_cfg')  # whose classes are words of a text
-        or OTHER_HEADS & {type_name(part), *bases(part, MODELS)}
-    ):
-        return {}
-    return {k: v for k, v in expected.items() if isinstance(part.get(k), int)}
 
 
 def check_weights(cfg: Any, stage: str) -> Iterator[str]:
@@ -69,37 +64,30 @@ def check_weights(cfg: Any, stage: str) -> Iterator[str]:
         return
     for where, part in walk(cfg.get('model') or {}, 'model'):
         checkpoint = _pretrained(part)
+        freezes = part.get('frozen_stages') not in (None, -1)
         if checkpoint and not _is_there(checkpoint):
-            yield _describe_absence(where, part, checkpoint)
+            advice = advise(checkpoint)
+            if not advice and type_name(part) in ('ResT', 'ResTV2'):
+                advice = '`python -m mmrest.weights --list` names the published ones.'
+            advice += ' ' if advice else ''
+            unfreeze = f' {where}.frozen_stages=-1' if freezes else ''
+            yield (
+                f'{where}.init_cfg: the pretrained weights {osp.abspath(checkpoint)} '
+                f'do not exist. {advice}Or name another file: --cfg-options '
+                f'{where}.init_cfg.checkpoint=PATH. To train from scratch (far lower '
+                'accuracy on the same schedule): --cfg-options '
+                f'{where}.init_cfg=None{unfreeze}.'
+            )
         elif checkpoint and where == 'model' and 'prefix' not in part['init_cfg']:
             yield from _check_level(part, checkpoint)
         random = 'init_cfg' in part and not checkpoint and not part.get('pretrained')
-        if random and part.get('frozen_stages', -1) >= 0 and not start:
+        if random and freezes and not start:
             yield (
                 f'{where}: frozen_stages={part["frozen_stages"]} freezes layers, but '
                 'there are no pretrained weights, so random ones would be frozen. Set '
                 f'--cfg-options {where}.frozen_stages=-1, or give init_cfg or '
                 'load_from.'
             )
-
-
-def _describe_absence(where: str, part: dict, checkpoint: str) -> str:
-    option = f'--cfg-options {where}.init_cfg=None'
-    if part.get('frozen_stages', -1) >= 0:
-        option += f' {where}.frozen_stages=-1'
-    text = (
-        f'{where}.init_cfg: the pretrained weights {osp.abspath(checkpoint)} do not '
-        'exist. '
-    )
-    advice = advise(checkpoint)
-    if advice:
-        text += f'{advice} '
-    elif type_name(part) in ('ResT', 'ResTV2'):
-        text += '`python -m mmrest.weights --list` names the published ones. '
-    return text + (
-        f'Or name another file: --cfg-options {where}.init_cfg.checkpoint=PATH. To '
-        f'train from scratch (far lower accuracy on the same schedule): {option}.'
-    )
 
 
 def _check_level(model: dict, path: str) -> Iterator[str]:
@@ -124,15 +112,14 @@ def _check_level(model: dict, path: str) -> Iterator[str]:
         )
 
 
-def _pretrained(part: dict) -> Optional[str]:
+def _pretrained(part: dict) -> str:
     """The file of ``init_cfg=dict(type='Pretrained', ...)``, alone or in a list."""
     init = part.get('init_cfg')
     for item in init if isinstance(init, (list, tuple)) else [init]:
-        if type_name(item) in ('Pretrained', 'PretrainedInit') and isinstance(
-            item, dict
-        ):
+        named = type_name(item) in ('Pretrained', 'PretrainedInit')
+        if named and isinstance(item, dict):
             return str(item.get('checkpoint') or '')
-    return None
+    return ''
 
 
 def _is_there(path: str) -> bool:

@@ -23,15 +23,7 @@ def walk(part: Any, where: str) -> Iterator[tuple[str, dict]]:
 
 
 def bases(cfg: dict, registry: Registry) -> dict[str, type]:
-    """Name the class that a config builds, and the classes that it inherits from.
-
-    Args:
-        cfg (dict): A config whose ``type`` is a name or a class.
-        registry (Registry): Where names are looked up.
-
-    Returns:
-        dict[str, type]: The classes by their names; empty if the class is unknown.
-    """
+    """The class that a config builds, and its bases, by name; empty if unknown."""
     kind = find_type(cfg, registry)
     return {base.__name__: base for base in getattr(kind, '__mro__', ())}
 
@@ -41,11 +33,10 @@ def options_of(cfg: dict) -> dict:
     return {key: v for key, v in cfg.items() if key not in ('type', '_scope_')}
 
 
-def find_datasets(cfg: Any, split: str) -> list[tuple[str, dict]]:
-    """List the datasets of a split, out of ``RepeatDataset`` and other wrappers."""
+def find_datasets(cfg: Any, split: str) -> Iterator[tuple[str, dict]]:
+    """Yield the datasets of a split, out of ``RepeatDataset`` and other wrappers."""
     name = f'{split}_dataloader'
-    dataset = (cfg.get(name) or {}).get('dataset')
-    return list(_leaves(dataset, f'{name}.dataset')) if dataset else []
+    yield from _leaves((cfg.get(name) or {}).get('dataset') or {}, f'{name}.dataset')
 
 
 def _leaves(dataset: dict, where: str) -> Iterator[tuple[str, dict]]:
@@ -54,7 +45,7 @@ def _leaves(dataset: dict, where: str) -> Iterator[tuple[str, dict]]:
     elif 'datasets' in dataset:
         for index, part in enumerate(dataset['datasets']):
             yield from _leaves(part, f'{where}.datasets.{index}')
-    else:
+    elif dataset:
         yield where, dataset
 
 
@@ -80,14 +71,10 @@ def join(root: Optional[str], path: Optional[str]) -> str:
 
 
 def find_classes(dataset: dict, key: str = 'classes') -> tuple[str, ...]:
-    """Name the classes of a dataset: the config's, or else its class's.
+    """The classes that a config names, or else its class does.
 
-    Args:
-        dataset (dict): A dataset's config.
-        key (str): Which list of ``metainfo``. Default: ``'classes'``.
-
-    Returns:
-        tuple[str]: Empty if they are not known before the dataset is built.
+    They are empty if they are not known before the dataset is built. ``key`` is the
+    list of ``metainfo`` to read.
     """
     kind = find_type(dataset, DATASETS)
     meta = {**getattr(kind, 'METAINFO', {}), **(dataset.get('metainfo') or {})}
@@ -97,20 +84,21 @@ def find_classes(dataset: dict, key: str = 'classes') -> tuple[str, ...]:
     return tuple(classes)
 
 
-def check_class_text(where: str, dataset: dict) -> Iterator[str]:
+def check_class_text(cfg: Any, split: str) -> Iterator[str]:
     """Refuse ``classes=('fig')``, a text whose letters would become the classes.
 
     MMEngine takes a text for the path of a file with a class a line and, if there is
     no such file, keeps it with a warning.
     """
-    metainfo = dataset.get('metainfo') or {}
-    for field, value in (
-        ('metainfo.classes', metainfo.get('classes')),
-        ('classes', dataset.get('classes')),
-    ):
-        if isinstance(value, str) and '://' not in value and not osp.isfile(value):
-            yield (
-                f'{where}.{field} is the text {value!r}, which is no list of names and '
-                f'no file with a name a line. For one class add the comma: '
-                f'classes=({value!r},).'
-            )
+    for where, dataset in find_datasets(cfg, split):
+        metainfo = dataset.get('metainfo') or {}
+        for field, value in (
+            ('metainfo.classes', metainfo.get('classes')),
+            ('classes', dataset.get('classes')),
+        ):
+            if isinstance(value, str) and '://' not in value and not osp.isfile(value):
+                yield (
+                    f'{where}.{field} is the text {value!r}, which is no list of names '
+                    f'and no file with a name a line. For one class add the comma: '
+                    f'classes=({value!r},).'
+                )

@@ -39,12 +39,8 @@ def check_loaders(cfg: Any, splits: tuple[str, ...]) -> Iterator[str]:
 def check_units(cfg: Any) -> tuple[list[str], list[str]]:
     """Compare the unit of the training loop, epochs or iterations, with the others.
 
-    Args:
-        cfg (Config): A config.
-
-    Returns:
-        tuple[list[str], list[str]]: Findings, each of which names both fields, and
-        notes about a mixture that works.
+    Returns findings, each of which names both fields, and notes about a mixture that
+    works.
     """
     loop = cfg.get('train_cfg') or {}
     kinds = bases(loop, LOOPS)

@@ -1,7 +1,6 @@
 """Segmentation datasets: folders, pairs of image and label image, label indices."""
 
 import os.path as osp
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -31,22 +30,14 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class SegDataset:
-    """One dataset of mmseg as a config describes it.
+    """One dataset of mmseg as a config describes it."""
 
-    Attributes:
-        where (str): Its place in the config, e.g. ``train_dataloader.dataset``.
-        classes (tuple[str]): Class names, in the order of the labels.
-        source (BaseSegDataset | None): Built without its list of images and its
-            pipeline; None if it cannot be built.
-        fault (str): Why it cannot be built.
-        ignored (int): The label that the heads leave out.
-    """
-
-    where: str
-    classes: tuple[str, ...]
+    where: str  # its place in the config, e.g. ``train_dataloader.dataset``
+    classes: tuple[str, ...]  # class names, in the order of the labels
+    # built without its list of images and its pipeline; None if it cannot be built
     source: Any
-    fault: str
-    ignored: int
+    fault: str  # why it cannot be built
+    ignored: int  # the label that the heads leave out
 
     @property
     def things(self) -> tuple[str, ...]:
@@ -72,7 +63,7 @@ def find_seg_datasets(cfg: Any, split: str) -> list[SegDataset]:
 
 def _describe(where: str, leaf: dict, ignored: int) -> SegDataset:
     prefix = leaf.get('data_prefix') or {}
-    source, fault = None, ''
+    classes, source, fault = find_classes(leaf), None, ''
     for key, kind in KINDS.items():
         folder = join(leaf.get('data_root'), prefix.get(key))
         if not fault and not (prefix.get(key) and osp.isdir(folder)):
@@ -82,7 +73,6 @@ def _describe(where: str, leaf: dict, ignored: int) -> SegDataset:
                 f'{where}.data_root and {where}.data_prefix.{key} (relative paths '
                 'start at the current folder).'
             )
-    classes = find_classes(leaf)
     if not fault:
         built: Any = find_type(leaf, DATASETS)
         options = {**options_of(leaf), 'pipeline': [], 'lazy_init': True}
@@ -165,7 +155,7 @@ def _list_pairs(dataset: SegDataset) -> tuple[list[Pair], list[str]]:
     if listed:
         return [(item['img_path'], item['seg_map_path']) for item in listed], []
     folder = source.data_prefix['img_path']
-    ends = Counter(osp.splitext(name)[1] for name in scandir(folder, recursive=True))
+    ends = {osp.splitext(name)[1] for name in scandir(folder, recursive=True)}
     return [], [
         f'no file in {folder} ends in {source.img_suffix}; found '
         f'{shorten(sorted(ends)) or "nothing"}. Set {dataset.where}.img_suffix.'
@@ -190,16 +180,12 @@ def _check_lost(
 def _check_unused(dataset: SegDataset, pairs: list[Pair]) -> Iterator[str]:
     """Label images that no image belongs to, where the folders are the list."""
     source = dataset.source
-    if source.ann_file:
-        return
     folder = source.data_prefix['seg_map_path']
     used = {osp.abspath(label) for _, label in pairs}
-    labels = [
-        osp.join(folder, name)
-        for name in scandir(folder, source.seg_map_suffix, recursive=True)
-    ]
-    unused = sorted(label for label in labels if osp.abspath(label) not in used)
-    if unused:
+    labels = scandir(folder, source.seg_map_suffix, recursive=True)
+    paths = (osp.join(folder, name) for name in labels)
+    unused = sorted(path for path in paths if osp.abspath(path) not in used)
+    if unused and not source.ann_file:
         yield (
             f'{len(unused)} label images have no image that ends in '
             f'{source.img_suffix} and would not be used: {shorten(unused)}. Add the '
@@ -210,7 +196,7 @@ def _check_unused(dataset: SegDataset, pairs: list[Pair]) -> Iterator[str]:
 
 def _check_sample(dataset: SegDataset, sample: list[Pair]) -> Iterator[str]:
     count = len(dataset.classes)
-    trained = {value: _as_trained(dataset, value) for value in range(256)}
+    trained = {value: _as_trained(dataset.source, value) for value in range(256)}
     classes = {value for value, label in trained.items() if 0 <= label < count}
     ignored = [value for value, label in trained.items() if label == dataset.ignored]
     bad, outside, learnable = [], [], not sample
@@ -244,9 +230,8 @@ def _check_sample(dataset: SegDataset, sample: list[Pair]) -> Iterator[str]:
         )
 
 
-def _as_trained(dataset: SegDataset, value: int) -> int:
+def _as_trained(source: Any, value: int) -> int:
     """The label that a value of a file becomes."""
-    source = dataset.source
     if source.reduce_zero_label:
         value = 255 if value in (0, 255) else value - 1
     return (source.label_map or {}).get(value, value)

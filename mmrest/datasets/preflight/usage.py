@@ -15,11 +15,9 @@ BEYOND = 1.0
 
 def describe_use(dataset: CocoDataset, content: Content) -> list[str]:
     """Count what is not used as it stands, by reason."""
-    sides = np.array([[item['width'], item['height']] for item in content.images])
-    limits = sides[content.image]
+    limits = content.sides[content.image]
     start, size = content.box[:, :2], content.box[:, 2:]
     inside = np.minimum(start + size, limits) - np.maximum(start, 0)
-    of_classes = content.of_classes(dataset) | (not dataset.classes)
     left = np.ones(len(content.ids), bool)
 
     def take(reason: np.ndarray) -> int:
@@ -29,92 +27,87 @@ def describe_use(dataset: CocoDataset, content: Content) -> list[str]:
         left = left & ~reason
         return count
 
-    skipped = [
+    skipped = _count(
         (take(content.ignore), 'annotations are marked "ignore"'),
         (take((size <= 0).any(1)), 'boxes have no width or height, or a negative one'),
         (take((inside <= 0).any(1)), 'boxes lie outside of their image'),
         (take(content.area <= 0), 'annotations have an area of 0 or less'),
         (take((size < 1).any(1)), 'boxes are narrower or lower than a pixel'),
-    ]
-    clauses = [f'{count} {text} and are skipped' for count, text in skipped if count]
+    )
+    skipped = [f'{text} and are skipped' for text in skipped]
     filled = [
         f'{count} annotations have no {field}, which is filled in'
-        for field, count in content.lacks(dataset).items()
+        for field, count in content.lacks.items()
     ]
     if dataset.test_mode:
-        if clauses:
-            clauses.append('the metric counts all these, as objects to be found')
-        clauses += filled
+        if skipped:
+            skipped.append('the metric counts all these, as objects to be found')
         if dataset.judged and not content.ids:
-            clauses.append(
+            filled.append(
                 'there are no annotations to judge by, so that the metric will be -1 '
                 '(format_only=True in the evaluator writes the results alone)'
             )
-        return clauses
+        return skipped + filled
 
-    other = take(~of_classes)
-    crowd = left & content.crowd
-    objects = left & ~crowd
+    of_classes = content.of_classes | (not dataset.classes)
+    others = take(~of_classes)
+    crowd, objects = left & content.crowd, left & ~content.crowd
     unusable = np.zeros(len(left), bool)
     if dataset.needs_masks:
         polygons = [isinstance(m, Polygons) and not m.usable for m in content.masks]
         unusable = objects & np.array(polygons, bool)
         objects &= ~unusable
     beyond = ((start < -BEYOND) | (start + size > limits + BEYOND)).any(1)
-    in_training = [
-        (other, 'annotations are of categories that are no class, and are skipped'),
-        (
-            unusable.sum(),
-            'objects have no polygon of three points or more, and are ignored',
-        ),
-        (crowd.sum(), 'crowd regions are no objects to learn'),
-        (
-            (beyond & (objects | crowd)).sum(),
-            'boxes reach beyond their image and are cut at its border',
-        ),
-        *_use_of_images(dataset, content, sides, of_classes, objects, crowd),
-    ]
-    return (
-        clauses + filled + [f'{count} {text}' for count, text in in_training if count]
+    beyond &= objects | crowd
+
+    total, learnt, crowds = (
+        np.bincount(content.image[rows], minlength=len(content.images))
+        for rows in (of_classes, objects, crowd)
     )
-
-
-def _use_of_images(
-    dataset: CocoDataset,
-    content: Content,
-    sides: np.ndarray,
-    of_classes: np.ndarray,
-    objects: np.ndarray,
-    crowd: np.ndarray,
-) -> list[tuple[int, str]]:
-    """Count images by their use; the arguments are of (N,) annotations, bool."""
-
-    def per_image(rows: np.ndarray) -> np.ndarray:
-        return np.bincount(content.image[rows], minlength=len(sides))
-
-    total, learnt, crowds = map(per_image, (of_classes, objects, crowd))
     empty = total == 0
     dropped = empty & dataset.filter_empty
-    small = (sides.min(1) < dataset.min_size) & ~dropped
-    rest = ~dropped & ~small
-    background = rest & (learnt == 0) & ~empty
+    small = (content.sides.min(1) < dataset.min_size) & ~dropped
+    used = ~dropped & ~small
+    background = used & (learnt == 0) & ~empty
     only_crowds = background & (crowds == total)
     none = 'images have no annotation of the classes and are'
     return [
-        (int(dropped.sum()), f'{none} left out'),
-        (int((rest & empty).sum()), f'{none} trained on as background'),
-        (
-            int(small.sum()),
-            f'images have a side of less than {dataset.min_size} pixels and are left '
-            'out',
-        ),
-        (
-            int(only_crowds.sum()),
-            'images have crowd regions alone and are trained on as background',
-        ),
-        (
-            int((background & ~only_crowds).sum()),
-            'images have annotations that are all skipped or ignored, and are trained '
-            'on as background',
+        *skipped,
+        *filled,
+        *_count(
+            (
+                others,
+                'annotations are of categories that are no class, and are skipped',
+            ),
+            (
+                unusable.sum(),
+                'objects have no polygon of three points or more, and are ignored',
+            ),
+            (crowd.sum(), 'crowd regions are no objects to learn'),
+            (
+                beyond.sum(),
+                'boxes reach beyond their image and are cut at its border',
+            ),
+            (dropped.sum(), f'{none} left out'),
+            ((used & empty).sum(), f'{none} trained on as background'),
+            (
+                small.sum(),
+                f'images have a side of less than {dataset.min_size} pixels and are '
+                'left out',
+            ),
+            (
+                only_crowds.sum(),
+                'images have crowd regions alone and are trained on as background',
+            ),
+            (
+                (background & ~only_crowds).sum(),
+                'images have annotations that are all skipped or ignored, and are '
+                'trained on as background',
+            ),
         ),
     ]
+
+
+def _count(*reasons: tuple[int, str]) -> list[str]:
+    """One clause a reason that anything was found for."""
+    return [f'{count} {text}' for count, text in reasons if count]
