@@ -137,11 +137,9 @@ def add_amp_argument(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def short_errors(tool: str, status: int = 1) -> Iterator[None]:
-    """End the process with one message where an error needs no traceback.
+    """End the process with one message, and ``status``, where no traceback is needed.
 
-    Args:
-        tool (str): Name of the tool, which the message begins with.
-        status (int): Exit status. Default: 1.
+    The message begins with the name of the tool.
     """
     try:
         yield
@@ -174,12 +172,8 @@ def load_config(name: str, cfg_options: Optional[dict] = None) -> Config:
 def load_run_config(args: argparse.Namespace) -> Config:
     """Read the config of a run, and set its ``launcher`` and ``work_dir``.
 
-    Args:
-        args (Namespace): What :func:`add_config_arguments` and
-            :func:`add_run_arguments` ask for.
-
-    Raises:
-        LaunchError: As :func:`load_config`.
+    The options are those of :func:`add_config_arguments` and
+    :func:`add_run_arguments`. It raises as :func:`load_config`.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = load_config(args.config, args.cfg_options)
@@ -194,10 +188,9 @@ def load_run_config(args: argparse.Namespace) -> Config:
 
 def _read(name: str) -> Config:
     if '::' in name:
+        own = name.startswith(f'{SCOPE}::')
         try:
-            if name.startswith(f'{SCOPE}::'):
-                return Config.fromfile(find_config(name))
-            return get_config(name)
+            return Config.fromfile(find_config(name)) if own else get_config(name)
         except (ImportError, OSError, ValueError, AssertionError) as error:
             raise LaunchError(f'cannot read the config {name}: {error}') from error
     if not osp.isfile(name):
@@ -210,11 +203,7 @@ def _read(name: str) -> Config:
 
 
 def check_toolbox(cfg: Config, name: str) -> None:
-    """Check that the toolbox that a config is written for is installed.
-
-    Raises:
-        LaunchError: If it is not.
-    """
+    """Raise a :class:`LaunchError` if the toolbox of a config is not installed."""
     try:
         toolbox = find_toolbox(cfg)
     except ImportError as error:  # of a type in a pure-Python config
@@ -320,16 +309,8 @@ def check_before_run(
 ) -> list[tuple[int, str]]:
     """Look for what stands in the way of a run, on the first process of a machine.
 
-    Args:
-        cfg (Config): The whole config, with the command line's options.
-        args (Namespace): With ``no_preflight``.
-        stage (str): ``'train'`` or ``'test'``.
-
-    Returns:
-        list[tuple[int, str]]: A report for :func:`build_runner`, which logs it.
-
-    Raises:
-        PreflightError: With everything that was found.
+    It is what :func:`check_config` does, unless ``args.no_preflight`` is set. Its
+    report is for :func:`build_runner`, which logs it.
     """
     if args.no_preflight or not on_first_process():
         return []
@@ -346,24 +327,17 @@ def build_runner(
         notes (list[tuple[int, str]]): Level and text of what goes into the Runner's
             log.
         runner_type (type[Runner]): Where the config has no ``runner_type``.
-
-    Returns:
-        Runner | FlexibleRunner: The Runner.
     """
-    if 'runner_type' in cfg:
-        runner = RUNNERS.build(cfg)
-    else:
-        runner = runner_type.from_cfg(cfg)
+    own = 'runner_type' in cfg
+    runner = RUNNERS.build(cfg) if own else runner_type.from_cfg(cfg)
     log_report(notes)
     return runner
 
 
 def on_first_process() -> bool:
     """Whether this is the first process of its machine, before any group exists."""
-    for name in ('LOCAL_RANK', 'SLURM_LOCALID', 'OMPI_COMM_WORLD_LOCAL_RANK'):
-        if int(os.environ.get(name, 0)) > 0:
-            return False
-    return True
+    names = ('LOCAL_RANK', 'SLURM_LOCALID', 'OMPI_COMM_WORLD_LOCAL_RANK')
+    return not any(int(os.environ.get(name, 0)) > 0 for name in names)
 
 
 def start_process_group(cfg: Config) -> None:
@@ -426,10 +400,7 @@ def _prepare_for_cpus(cfg: Config) -> None:
 def end_process_group(status: int = 0) -> None:
     """End the processes of a group, if there is one, after their work is done.
 
-    With gloo it does not return, and ends the process.
-
-    Args:
-        status (int): Exit status of the process. Default: 0.
+    With gloo it does not return, and ends the process with ``status``.
     """
     _end_if_gloo(status)
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -27,12 +27,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def mapping_lines(conversion: Conversion, to_mmdet: bool) -> list[str]:
-    """Write one line for each tensor: from, to, shape, and what is done to it.
-
-    Args:
-        conversion (Conversion): The result of either direction.
-        to_mmdet (bool): Whether the direction is to mmdet.
-    """
+    """Write one line for each tensor: from, to, shape, and what is done to it."""
     lines = []
     for entry in conversion.entries:
         names = (entry.detectron2, entry.mmdet)

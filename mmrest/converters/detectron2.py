@@ -174,13 +174,11 @@ def _describe(state_dict: Mapping[str, Tensor]) -> str:
             'this is an ImageNet checkpoint, which needs no conversion: name it in '
             "backbone.init_cfg=dict(type='Pretrained', checkpoint=...)"
         )
+    mmdet = ('neck.', 'bbox_head.', 'roi_head.')
+    detectron2 = ('backbone.fpn_', 'backbone.bottom_up.')
     for form, starts, tool in (
-        ('an mmdet', ('neck.', 'bbox_head.', 'roi_head.'), 'mmdet_to_detectron2'),
-        (
-            'a detectron2',
-            ('backbone.fpn_', 'backbone.bottom_up.'),
-            'detectron2_to_mmdet',
-        ),
+        ('an mmdet', mmdet, 'mmdet_to_detectron2'),
+        ('a detectron2', detectron2, 'detectron2_to_mmdet'),
     ):
         if any(name.startswith(starts) for name in state_dict):
             return (
@@ -206,14 +204,13 @@ def _backbone(state_dict: Mapping[str, Tensor], prefix: str) -> tuple[str, str]:
             f'no backbone ResT or ResTV2: it has one of {wanted}; {problem}'
         )
     (backbone,) = backbones
-    stem = state_dict[names[backbone]]
     depths = [0] * 4
     for name in state_dict:
         block = re.match(re.escape(prefix) + r'stage([1-4])\.(\d+)\.', name)
         if block:
             stage = int(block[1]) - 1
             depths[stage] = max(depths[stage], int(block[2]) + 1)
-    found = (stem.shape[0], tuple(depths))
+    found = (state_dict[names[backbone]].shape[0], tuple(depths))
     known = {a: (s.embed_dims[0], s.depths) for a, s in ARCHS[backbone].items()}
     for arch, sizes in known.items():
         if sizes == found:
@@ -243,13 +240,17 @@ def _num_classes(state_dict: Mapping[str, Tensor], kind: str, name: str) -> int:
 def _check_constants(
     found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> None:
-    wrong = []
-    for name, value in found.items():
-        want = expected[name]
-        if value.numel() != want.numel() or not torch.allclose(
-            value.detach().float().flatten(), want.flatten(), rtol=1e-4, atol=1e-3
-        ):
-            wrong.append(f'{name}: expected {want.tolist()}, found {value.tolist()}')
+    wrong = [
+        f'{name}: expected {expected[name].tolist()}, found {value.tolist()}'
+        for name, value in found.items()
+        if value.numel() != expected[name].numel()
+        or not torch.allclose(
+            value.detach().float().flatten(),
+            expected[name].flatten(),
+            rtol=1e-4,
+            atol=1e-3,
+        )
+    ]
     if wrong:
         raise ConversionError(
             'the checkpoint was made with other settings than the published ones, '

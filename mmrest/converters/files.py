@@ -39,14 +39,7 @@ FORMATS = ('pth', 'safetensors')
 
 
 def published_config(detector: Detector) -> str:
-    """Name the config that a published checkpoint belongs to.
-
-    Args:
-        detector (Detector): What the checkpoint holds.
-
-    Returns:
-        str: Path below ``configs/``, as
-        ``'mask_rcnn/rest_small_fpn_1x_published.py'``.
+    """Name the config, below ``configs/``, that a published checkpoint belongs to.
 
     Raises:
         ConversionError: If no detector with this backbone was published.
@@ -63,15 +56,9 @@ def published_config(detector: Detector) -> str:
 def dataset_meta(
     detector: Detector, classes: Optional[Sequence[str]] = None
 ) -> dict[str, Any]:
-    """Make the class names and colours that mmdet draws and evaluates with.
+    """Make the ``classes`` and ``palette`` that mmdet draws and evaluates with.
 
-    Args:
-        detector (Detector): What the checkpoint holds.
-        classes (Sequence[str], optional): Names of the classes in the order of the
-            classification layer. Default: None, COCO's.
-
-    Returns:
-        dict: ``classes`` and ``palette``, as mmdet's data sets give them.
+    The names are in the order of the classification layer. Default: None, COCO's.
 
     Raises:
         ConversionError: If the number of names is not the class count.
@@ -226,16 +213,7 @@ def sha256(content: bytes) -> str:
 def check_destination(
     dst: PathLike, src: Optional[Source] = None, force: bool = False
 ) -> Path:
-    """Refuse a destination that would cost the user a file.
-
-    Args:
-        dst (str | Path): File to be written.
-        src (str | Path, optional): File or URL that is read, which must differ.
-            Default: None.
-        force (bool): Whether ``dst`` may exist. Default: False.
-
-    Returns:
-        Path: ``dst``.
+    """Refuse a destination that would cost the user a file, or return it.
 
     Raises:
         ConversionError: If ``dst`` is the source, a folder, in a folder that
@@ -256,15 +234,7 @@ def check_destination(
 
 
 def save(checkpoint: dict[str, Any], dst: PathLike) -> None:
-    """Write a checkpoint whole or not at all.
-
-    Args:
-        checkpoint (dict): Anything that ``torch.save`` takes.
-        dst (str | Path): File to be written; replaced if it exists.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
+    """Write a checkpoint whole or not at all; a file that exists is replaced."""
     with atomic_path(dst) as beside, open(beside, 'wb') as file:
         torch.save(checkpoint, file)
 

@@ -33,6 +33,11 @@ RETINA_RATIOS = 3
 RETINA_ANCHORS = RETINA_SCALES * RETINA_RATIOS
 ROI_SIZE = 7
 FC_CHANNELS = 1024
+# whose outputs count RetinaNet's anchors
+ANCHOR_LAYERS = ('head.cls_score', 'head.bbox_pred')
+
+# a convolution or linear layer with a bias: both names, and the shape of its weight
+Layer = tuple[str, str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -70,19 +75,6 @@ class Entry:
         return swap_anchor_order(tensor) if self.anchor_order else tensor
 
 
-def _layer(
-    detectron2: str,
-    mmdet: str,
-    weight: tuple[int, ...],
-    anchor_order: bool = False,
-    transposed: bool = False,
-) -> Iterator[Entry]:
-    """Weight and bias of a convolution or a linear layer."""
-    yield Entry(f'{detectron2}.weight', f'{mmdet}.weight', weight, anchor_order)
-    bias = (weight[1] if transposed else weight[0],)
-    yield Entry(f'{detectron2}.bias', f'{mmdet}.bias', bias, anchor_order)
-
-
 def _backbone(detector: Detector) -> Iterator[Entry]:
     with torch.device('meta'):  # names and shapes only, no memory
         build = BACKBONES[detector.backbone]
@@ -94,106 +86,64 @@ def _backbone(detector: Detector) -> Iterator[Entry]:
         yield Entry(BACKBONE_PREFIX + published, f'backbone.{name}', shape)
 
 
-def _fpn(embed_dims: tuple[int, ...], out_indices: tuple[int, ...]) -> Iterator[Entry]:
+def _fpn(embed_dims: tuple[int, ...], out_indices: tuple[int, ...]) -> Iterator[Layer]:
+    c = FPN_CHANNELS
     for level, index in enumerate(out_indices):
         exponent = index + 2  # detectron2 names a level by log2 of its stride
-        yield from _layer(
-            f'backbone.fpn_lateral{exponent}',
-            f'neck.lateral_convs.{level}.conv',
-            (FPN_CHANNELS, embed_dims[index], 1, 1),
-        )
-        yield from _layer(
-            f'backbone.fpn_output{exponent}',
-            f'neck.fpn_convs.{level}.conv',
-            (FPN_CHANNELS, FPN_CHANNELS, 3, 3),
-        )
+        lateral, output = f'lateral_convs.{level}.conv', f'fpn_convs.{level}.conv'
+        weight = (c, embed_dims[index], 1, 1)
+        yield f'backbone.fpn_lateral{exponent}', f'neck.{lateral}', weight
+        yield f'backbone.fpn_output{exponent}', f'neck.{output}', (c, c, 3, 3)
 
 
-def _mask_rcnn_heads(num_classes: int) -> Iterator[Entry]:
-    c = FPN_CHANNELS
+def _mask_rcnn_heads(num_classes: int) -> Iterator[Layer]:
+    c, fc = FPN_CHANNELS, FC_CHANNELS
     rpn = 'proposal_generator.rpn_head'
-    yield from _layer(f'{rpn}.conv', 'rpn_head.rpn_conv', (c, c, 3, 3))
-    yield from _layer(
-        f'{rpn}.objectness_logits', 'rpn_head.rpn_cls', (RPN_ANCHORS, c, 1, 1)
-    )
-    yield from _layer(
-        f'{rpn}.anchor_deltas', 'rpn_head.rpn_reg', (RPN_ANCHORS * 4, c, 1, 1)
-    )
-    box = 'roi_head.bbox_head'
+    yield f'{rpn}.conv', 'rpn_head.rpn_conv', (c, c, 3, 3)
+    yield f'{rpn}.objectness_logits', 'rpn_head.rpn_cls', (RPN_ANCHORS, c, 1, 1)
+    yield f'{rpn}.anchor_deltas', 'rpn_head.rpn_reg', (RPN_ANCHORS * 4, c, 1, 1)
+    box, predictor = 'roi_head.bbox_head', 'roi_heads.box_predictor'
     # Both flatten the pooled (C, 7, 7) map in this order, so columns stay.
-    for i, columns in enumerate((c * ROI_SIZE**2, FC_CHANNELS)):
-        yield from _layer(
-            f'roi_heads.box_head.fc{i + 1}',
-            f'{box}.shared_fcs.{i}',
-            (FC_CHANNELS, columns),
-        )
+    yield 'roi_heads.box_head.fc1', f'{box}.shared_fcs.0', (fc, c * ROI_SIZE**2)
+    yield 'roi_heads.box_head.fc2', f'{box}.shared_fcs.1', (fc, fc)
     # Background is the last class in both.
-    yield from _layer(
-        'roi_heads.box_predictor.cls_score',
-        f'{box}.fc_cls',
-        (num_classes + 1, FC_CHANNELS),
-    )
-    yield from _layer(
-        'roi_heads.box_predictor.bbox_pred',
-        f'{box}.fc_reg',
-        (num_classes * 4, FC_CHANNELS),
-    )
-    mask = 'roi_head.mask_head'
+    yield f'{predictor}.cls_score', f'{box}.fc_cls', (num_classes + 1, fc)
+    yield f'{predictor}.bbox_pred', f'{box}.fc_reg', (num_classes * 4, fc)
+    mask, published = 'roi_head.mask_head', 'roi_heads.mask_head'
     for i in range(4):
-        yield from _layer(
-            f'roi_heads.mask_head.mask_fcn{i + 1}',
-            f'{mask}.convs.{i}.conv',
-            (c, c, 3, 3),
-        )
-    yield from _layer(
-        'roi_heads.mask_head.deconv', f'{mask}.upsample', (c, c, 2, 2), transposed=True
-    )
-    yield from _layer(
-        'roi_heads.mask_head.predictor', f'{mask}.conv_logits', (num_classes, c, 1, 1)
-    )
+        yield f'{published}.mask_fcn{i + 1}', f'{mask}.convs.{i}.conv', (c, c, 3, 3)
+    yield f'{published}.deconv', f'{mask}.upsample', (c, c, 2, 2)
+    yield f'{published}.predictor', f'{mask}.conv_logits', (num_classes, c, 1, 1)
 
 
-def _retinanet_heads(embed_dims: tuple[int, ...], num_classes: int) -> Iterator[Entry]:
+def _retinanet_heads(embed_dims: tuple[int, ...], num_classes: int) -> Iterator[Layer]:
     c = FPN_CHANNELS
-    for level, channels in ((6, embed_dims[-1]), (7, c)):
-        yield from _layer(
-            f'backbone.top_block.p{level}',
-            f'neck.fpn_convs.{level - 3}.conv',
-            (c, channels, 3, 3),
-        )
+    yield 'backbone.top_block.p6', 'neck.fpn_convs.3.conv', (c, embed_dims[-1], 3, 3)
+    yield 'backbone.top_block.p7', 'neck.fpn_convs.4.conv', (c, c, 3, 3)
     for subnet, convs in (('cls_subnet', 'cls_convs'), ('bbox_subnet', 'reg_convs')):
         for i in range(4):
             # Every second module of detectron2's subnet is a ReLU.
-            yield from _layer(
-                f'head.{subnet}.{2 * i}', f'bbox_head.{convs}.{i}.conv', (c, c, 3, 3)
-            )
-    yield from _layer(
-        'head.cls_score',
-        'bbox_head.retina_cls',
-        (RETINA_ANCHORS * num_classes, c, 3, 3),
-        anchor_order=True,
-    )
-    yield from _layer(
-        'head.bbox_pred', 'bbox_head.retina_reg', (RETINA_ANCHORS * 4, c, 3, 3), True
-    )
+            mmdet = f'bbox_head.{convs}.{i}.conv'
+            yield f'head.{subnet}.{2 * i}', mmdet, (c, c, 3, 3)
+    outputs = RETINA_ANCHORS * num_classes, RETINA_ANCHORS * 4
+    yield 'head.cls_score', 'bbox_head.retina_cls', (outputs[0], c, 3, 3)
+    yield 'head.bbox_pred', 'bbox_head.retina_reg', (outputs[1], c, 3, 3)
 
 
 def entries(detector: Detector) -> list[Entry]:
-    """List every tensor of a detector.
-
-    Args:
-        detector (Detector): Kind, backbone and class count.
-
-    Returns:
-        list[Entry]: One entry for each tensor, backbone first.
-    """
+    """List every tensor of a detector, those of the backbone first."""
     dims = ARCHS[detector.backbone][detector.arch].embed_dims
-    result = list(_backbone(detector))
-    result += _fpn(dims, OUT_INDICES[detector.kind])
+    layers = list(_fpn(dims, OUT_INDICES[detector.kind]))
     if detector.kind == 'mask_rcnn':
-        result += _mask_rcnn_heads(detector.num_classes)
+        layers += _mask_rcnn_heads(detector.num_classes)
     else:
-        result += _retinanet_heads(dims, detector.num_classes)
+        layers += _retinanet_heads(dims, detector.num_classes)
+    result = list(_backbone(detector))
+    for detectron2, mmdet, weight in layers:
+        reorder = detectron2 in ANCHOR_LAYERS
+        for name, shape in (('weight', weight), ('bias', weight[:1])):
+            names = f'{detectron2}.{name}', f'{mmdet}.{name}'
+            result.append(Entry(*names, shape, reorder))
     return result
 
 
@@ -201,31 +151,19 @@ def swap_anchor_order(tensor: Tensor) -> Tensor:
     """Exchange the size and the ratio axis of RetinaNet's nine anchors.
 
     detectron2 counts anchor ``3 * size + ratio``, mmdet ``3 * ratio + size``.
-    Both axes have three entries, so the same exchange serves both ways.
-
-    Args:
-        tensor (Tensor): Weight or bias; the first axis is 9 x something.
-
-    Returns:
-        Tensor: A contiguous copy of the same shape.
+    Both axes have three entries, so the same exchange serves both ways. The first
+    axis of the weight or bias is 9 x something; a contiguous copy comes back.
     """
     grid = tensor.reshape(RETINA_SCALES, RETINA_RATIOS, -1)
     return grid.transpose(0, 1).reshape(tensor.shape).contiguous()
 
 
 def constants(kind: str, backbone: str = 'ResT') -> dict[str, Tensor]:
-    """Tensors that detectron2 may store although they are no weights.
+    """Tensors that detectron2 may store although they are no weights, as published.
 
     Older releases of detectron2 wrote the pixel statistics and the anchors of
     a cell into the checkpoint. mmdet takes both from the config; a checkpoint
     that holds other values needs another config.
-
-    Args:
-        kind (str): ``'mask_rcnn'`` or ``'retinanet'``.
-        backbone (str): ``'ResT'`` or ``'ResTV2'``. Default: ``'ResT'``.
-
-    Returns:
-        dict[str, Tensor]: Name to the values of the published models.
     """
     mean, std = PIXELS[backbone]
     result = {

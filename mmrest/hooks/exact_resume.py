@@ -8,8 +8,7 @@ import bisect
 import random
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,8 +26,7 @@ from ..utils.text import shorten
 def capture() -> dict[str, Any]:
     """The random states of Python, numpy, torch and this process's GPU.
 
-    Returns:
-        dict: Plain values and tensors, which safe loading reads.
+    They are plain values and tensors, which safe loading reads.
     """
     numpy: Any = np.random.get_state(legacy=False)
     return dict(
@@ -46,10 +44,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Continue from random states.
-
-    Args:
-        state (dict): What :func:`capture` returned.
+    """Continue from what :func:`capture` returned.
 
     Raises:
         CheckpointError: If it is something else.
@@ -96,7 +91,11 @@ def continue_exactly(runner: Runner, state: dict[str, Any]) -> None:
     if len(states) == get_world_size():
         own = states[get_rank()]
         restore(own)
-        _call_when_advanced(runner, lambda: restore(own))
+        loop = runner.train_loop
+        if runner.iter and hasattr(loop, 'dataloader_iterator'):
+            # an option of OneDL's MMEngine, not to skip
+            skip = 0 if getattr(loop, 'fast_forward_on_resume', False) else runner.iter
+            loop.dataloader_iterator = _RestoresWhenAdvanced(loop, skip, own)
     else:
         runner.logger.warning(
             f'the checkpoint was saved by {len(states)} processes, and these are '
@@ -120,12 +119,7 @@ def _is_validation_skipped(runner: Runner) -> bool:
 
 
 def is_validation_due(runner: Runner, done: int) -> bool:
-    """Whether MMEngine's training loops validate at a moment.
-
-    Args:
-        runner (Runner): In training.
-        done (int): Iterations or, in epoch-based training, epochs that are done.
-    """
+    """Whether MMEngine validates after ``done`` iterations or, by epoch, epochs."""
     loop = runner.train_loop
     if runner.val_loop is None or not hasattr(loop, 'dynamic_intervals'):
         return False
@@ -136,28 +130,19 @@ def is_validation_due(runner: Runner, done: int) -> bool:
     return done >= loop.val_begin and is_turn
 
 
-def _call_when_advanced(runner: Runner, action: Callable[[], None]) -> None:
-    """Call ``action`` right before the first batch that is new.
+class _RestoresWhenAdvanced:
+    """Stands in for a loop's iterator until the first batch that is new.
 
     In iteration-based training MMEngine skips the batches that were trained on
     already after all hooks of the start, and draws random numbers while it does so.
     In epoch-based training there is nothing to skip.
     """
-    loop = runner.train_loop
-    if runner.iter and hasattr(loop, 'dataloader_iterator'):
-        # an option of OneDL's MMEngine, not to skip
-        skip = 0 if getattr(loop, 'fast_forward_on_resume', False) else runner.iter
-        loop.dataloader_iterator = _CallsWhenAdvanced(loop, skip, action)
 
-
-class _CallsWhenAdvanced:
-    """Stands in for a loop's iterator while old batches are skipped."""
-
-    def __init__(self, loop: Any, skip: int, action: Callable[[], None]) -> None:
-        self._loop, self._skip, self._action = loop, skip, action
+    def __init__(self, loop: Any, skip: int, state: dict[str, Any]) -> None:
+        self._loop, self._skip, self._state = loop, skip, state
         self._iterator = loop.dataloader_iterator
 
-    def __iter__(self) -> '_CallsWhenAdvanced':
+    def __iter__(self) -> '_RestoresWhenAdvanced':
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -168,29 +153,22 @@ class _CallsWhenAdvanced:
             self._skip -= 1
             return next(self._iterator)
         self._loop.dataloader_iterator = self._iterator
-        self._action()
+        restore(self._state)
         if not hasattr(self._iterator, 'skip_iter'):
             return next(self._iterator)
-        # OneDL's MMEngine starts the data loader only now
-        with _own_seeds(self._loop.dataloader):
+        # OneDL's MMEngine starts the data loader only now: its seeds are of its own
+        loader = self._loop.dataloader
+        generator = loader.generator
+        loader.generator = generator or torch.Generator()
+        try:
             return next(self._iterator)
+        finally:
+            loader.generator = generator
 
     def skip_iter(self, num_iters: int) -> None:
         """Skip several batches at once, as OneDL's MMEngine does."""
         self._skip -= num_iters
         self._iterator.skip_iter(num_iters)
-
-
-@contextmanager
-def _own_seeds(dataloader: Any) -> Iterator[None]:
-    """Let a data loader that starts take nothing from the global random state."""
-    generator = dataloader.generator
-    if generator is None:
-        dataloader.generator = torch.Generator()
-    try:
-        yield
-    finally:
-        dataloader.generator = generator
 
 
 # --------------------------------------------------- learning rates and schedules

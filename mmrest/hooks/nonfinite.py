@@ -121,10 +121,6 @@ class CheckNonFiniteHook(Hook):
     def check(self, runner: Runner, alone: bool = False) -> None:
         """Read the answer that is due; every process must call it, unless ``alone``.
 
-        Args:
-            runner (Runner): In training.
-            alone (bool): Whether the other processes do not call it. Default: False.
-
         Raises:
             NonFiniteError: If a loss or parameter of any process was not finite.
         """
@@ -144,16 +140,11 @@ class CheckNonFiniteHook(Hook):
         report = f'images {images}: {source}'
         reports = [report] if alone else all_gather_object(report)
         latest = find_latest_checkpoint(runner.work_dir)
-        message = '\n'.join(
-            [
-                f'iteration {sent.number}: {what}.',
-                *(f'  process {rank}, {text}' for rank, text in enumerate(reports)),
-                f'The last checkpoint, {latest}, is from before.'
-                if latest
-                else 'There is no checkpoint yet.',
-                _ADVICE,
-            ]
-        )
+        lines = [f'iteration {sent.number}: {what}.']
+        lines += [f'  process {rank}, {text}' for rank, text in enumerate(reports)]
+        known = f'The last checkpoint, {latest}, is from before.'
+        lines += [known if latest else 'There is no checkpoint yet.', _ADVICE]
+        message = '\n'.join(lines)
         runner.logger.error(message)
         raise NonFiniteError(message)
 
@@ -161,11 +152,7 @@ class CheckNonFiniteHook(Hook):
 def check_before_saving(runner: Runner) -> None:
     """Have ``CheckNonFiniteHook``, if there is one, read the answer that is due.
 
-    Args:
-        runner (Runner): In training; every process must call this.
-
-    Raises:
-        NonFiniteError: As :meth:`CheckNonFiniteHook.check`.
+    Every process must call this; it raises as :meth:`CheckNonFiniteHook.check`.
     """
     for hook in runner.hooks:
         if isinstance(hook, CheckNonFiniteHook):
@@ -182,22 +169,18 @@ def _describe_source(runner: Runner, sent: _Iteration, of_losses: bool) -> str:
     weights: Optional[dict[str, Tensor]] = {}
     note = ''
     if broken:  # by the step that was made with this loss
-        weights, note = _weights_before(runner.work_dir)
+        weights, latest = None, find_latest_checkpoint(runner.work_dir)
+        note = ' (the step made with this loss has broken the parameters)'
+        if latest is not None:
+            try:
+                weights = read_checkpoint(latest)['state_dict']
+                note = f' (with the weights of {latest})'
+            except (CheckpointError, KeyError) as error:
+                note = f' ({latest} cannot be read: {error})'
     with runner.optim_wrapper.optim_context(runner.model):
         found = find_source(model, sent.batch, sent.random_states, weights)
     values = ', '.join(f'{name}={float(v):g}' for name, v in sent.losses.items())
     return f'{values}; {found}{note}'
-
-
-def _weights_before(work_dir: str) -> tuple[Optional[dict[str, Tensor]], str]:
-    """Weights for a search, and what to say of them."""
-    latest = find_latest_checkpoint(work_dir)
-    if latest is None:
-        return None, ' (the step made with this loss has broken the parameters)'
-    try:
-        return read_checkpoint(latest)['state_dict'], f' (with the weights of {latest})'
-    except (CheckpointError, KeyError) as error:
-        return None, f' ({latest} cannot be read: {error})'
 
 
 def _unwrap(model: Any) -> Any:
@@ -206,16 +189,14 @@ def _unwrap(model: Any) -> Any:
 
 def _images(batch: Any) -> Iterator[str]:
     """Ids and files of the images, from the samples in any nest."""
-    if isinstance(batch, dict):
-        for item in batch.values():
-            yield from _images(item)
-    elif isinstance(batch, (list, tuple)):
-        for item in batch:
+    if isinstance(batch, (dict, list, tuple)):
+        for item in batch.values() if isinstance(batch, dict) else batch:
             yield from _images(item)
     elif hasattr(batch, 'metainfo'):
-        known = [batch.metainfo.get(key) for key in ('img_id', 'img_path')]
-        if any(value is not None for value in known):
-            yield ' '.join(str(value) for value in known if value is not None)
+        named = [batch.metainfo.get(key) for key in ('img_id', 'img_path')]
+        known = [str(value) for value in named if value is not None]
+        if known:
+            yield ' '.join(known)
 
 
 # ------------------------------------------------------- the search for the source
@@ -263,8 +244,7 @@ def find_source(
             of the model's own, perhaps none of them. If None, there are no good
             ones, and only the inputs are looked at.
     """
-    found: list[str] = []
-    handles = _watch(model, found)
+    handles = _watch(model)
     try:
         torch.set_rng_state(random_states[0])
         if len(random_states) > 1:
@@ -281,8 +261,8 @@ def find_source(
             args, kwargs = ((), data) if isinstance(data, dict) else (tuple(data), {})
             kwargs = dict(kwargs, mode='loss')
             torch.func.functional_call(model, moved, args, kwargs, strict=False)
-    except _Found:
-        return found[0]
+    except _Found as found:
+        return str(found)
     except Exception as error:  # the reason matters more than how it was sought
         return f'the batch could not be run again ({error!r})'
     finally:
@@ -292,34 +272,28 @@ def find_source(
 
 
 class _Found(Exception):
-    """Ends the second pass."""
+    """Ends the second pass, and says where."""
 
 
-def _watch(model: nn.Module, found: list[str]) -> list:
+def _watch(model: nn.Module) -> list:
+    """Hooks that raise at the first value that is NaN or infinite."""
     modules = dict(model.named_modules())
     handles = []
-
-    def stop(text: str) -> None:
-        found.append(text)
-        raise _Found
 
     def watch(name: str, module: nn.Module) -> None:
         def entering(_: nn.Module, args: tuple, kwargs: dict) -> None:
             count = _first_count((args, kwargs))
             if count:
-                maker = _parent(name, modules)
-                stop(
-                    f'first in {_describe(maker, modules)}, by its own operations: '
-                    f'it hands {name} {count}'
+                maker = _describe(_parent(name, modules), modules)
+                raise _Found(
+                    f'first in {maker}, by its own operations: it hands {name} {count}'
                 )
 
         def leaving(_: nn.Module, args: tuple, output: Any) -> None:
             count = _first_count(output)
             if count:
-                stop(
-                    f'first in {_describe(name, modules)}, from inputs that are '
-                    f'finite: {count}'
-                )
+                maker = _describe(name, modules)
+                raise _Found(f'first in {maker}, from inputs that are finite: {count}')
 
         handles.append(module.register_forward_pre_hook(entering, with_kwargs=True))
         handles.append(module.register_forward_hook(leaving))

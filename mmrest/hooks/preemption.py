@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Callable, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 import torch
 from mmengine.dist import (
@@ -54,11 +54,8 @@ _EXTRA_FILE = 'preemption_checkpoint'
 class Preempted(SystemExit):
     """The process ends on request and asks to be started again.
 
-    Uncaught, it ends Python with ``status`` and without a traceback.
-
-    Args:
-        reason (str): What happened, for a log.
-        status (int): Exit status. Default: 75 (``EX_TEMPFAIL``).
+    Uncaught, it ends Python with ``status``, 75 unless given, and without a traceback;
+    ``reason`` is for a log.
     """
 
     def __init__(self, reason: str, status: int = REQUEUE_STATUS) -> None:
@@ -177,16 +174,16 @@ def _die_of(number: int) -> None:
 def note_requeue(moment: str) -> None:
     """Tell the script that started the processes why they end.
 
-    Args:
-        moment (str): ``start`` (before the training began) or ``saved``.
+    The moment is ``start`` (before the training began) or ``saved``.
     """
     path = os.environ.get(REQUEUE_FILE)
-    if path:
-        try:
-            with open(path, 'a', encoding='utf-8') as file:
-                file.write(f'{moment}\n')
-        except OSError as error:
-            print_log(f'{path} cannot be written: {error}', logger='current')
+    if not path:
+        return
+    try:
+        with open(path, 'a', encoding='utf-8') as file:
+            file.write(f'{moment}\n')
+    except OSError as error:
+        print_log(f'{path} cannot be written: {error}', logger='current')
 
 
 # ------------------------------------------------------ workers of data loaders
@@ -250,15 +247,9 @@ def _ignore(number: int, frame: Optional[FrameType]) -> None:
 def shield_workers(loaders: Iterable[DataLoader]) -> Iterator[None]:
     """Shield the workers that loaders start within this block.
 
-    Args:
-        loaders (Iterable[DataLoader]): Their ``worker_init_fn`` is replaced, and put
-            back at the end, also after an error.
+    Their ``worker_init_fn`` is replaced, and put back also after an error.
     """
-    shielded = [
-        (loader, WorkerShield(loader.worker_init_fn))
-        for loader in loaders
-        if loader.num_workers > 0
-    ]
+    shielded = [(x, WorkerShield(x.worker_init_fn)) for x in loaders if x.num_workers]
     try:
         for loader, shield in shielded:
             loader.worker_init_fn = shield
@@ -269,24 +260,20 @@ def shield_workers(loaders: Iterable[DataLoader]) -> Iterator[None]:
             shield.end()
 
 
-class _Itself:
+class _Itself(NamedTuple):
     """Stands in for an object where a config is copied; the copy is the object."""
 
-    def __init__(self, value: Any) -> None:
-        self._value = value
+    value: Any
 
     def __deepcopy__(self, memo: dict) -> Any:
-        return self._value
+        return self.value
 
 
 def _renew_loader(runner: Runner, loop: BaseLoop) -> bool:
     """End the workers that a loop has started before any hook was called.
 
     MMEngine's ``IterBasedTrainLoop`` starts them when it is built. Its data loader is
-    built again, since its sampler has been drawn from.
-
-    Returns:
-        bool: Whether the loop needs a new iterator.
+    built again, since its sampler has been drawn from, and then needs a new iterator.
     """
     iterator: Any = getattr(loop, 'dataloader_iterator', None)
     # OneDL's MMEngine starts the workers with the first batch
@@ -312,11 +299,9 @@ def _renew_loader(runner: Runner, loop: BaseLoop) -> bool:
 
 
 class RestOfBatches:
-    """A batch sampler that leaves out its first batches, the first time.
+    """A batch sampler that leaves out its first ``done`` batches, the first time.
 
-    Args:
-        batch_sampler (Iterable): Lists of indices; its other attributes are here too.
-        done (int): How many batches to leave out.
+    The attributes of the sampler are here too.
     """
 
     def __init__(self, batch_sampler: Any, done: int) -> None:

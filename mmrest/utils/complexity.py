@@ -40,14 +40,6 @@ HANDLES: dict[str, Callable] = {
 }
 
 
-def _padded(model: nn.Module, shape: tuple[int, int]) -> tuple[int, int]:
-    """The size that the model's data preprocessor pads an image to."""
-    preprocessor = getattr(model, 'data_preprocessor', None)
-    divisor = getattr(preprocessor, 'pad_size_divisor', 1)
-    height, width = (-(-side // divisor) * divisor for side in shape)
-    return height, width
-
-
 def _data_samples(shape: tuple[int, int]) -> list:
     from mmdet.structures import DetDataSample
 
@@ -93,22 +85,21 @@ def complexity(model: nn.Module, shape: tuple[int, int]) -> Complexity:
         model (nn.Module): A detector, segmentor, classifier or backbone.
         shape (tuple[int, int]): Height and width of the image; it is padded as
             the model's data preprocessor does.
-
-    Returns:
-        Complexity: The counts.
     """
     model = model.eval()
-    shape = _padded(model, shape)
+    preprocessor = getattr(model, 'data_preprocessor', None)
+    divisor = getattr(preprocessor, 'pad_size_divisor', 1)
+    height, width = (-(-side // divisor) * divisor for side in shape)
     kwargs = {}
     if 'mmdet' in sys.modules:
         from mmdet.models.detectors import BaseDetector
 
         if isinstance(model, BaseDetector):
-            kwargs = {'data_samples': _data_samples(shape), 'mode': 'tensor'}
+            kwargs = dict(data_samples=_data_samples((height, width)), mode='tensor')
     convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d))
     channels = next((m.in_channels for m in convolutions), 3)
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, channels, *shape, generator=generator)
+    image = torch.randn(1, channels, height, width, generator=generator)
     analyzer = FlopAnalyzer(_Forward(model, **kwargs), (image,))
     analyzer.set_op_handle(**HANDLES)
     analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
@@ -120,4 +111,4 @@ def complexity(model: nn.Module, shape: tuple[int, int]) -> Complexity:
     flops = {name: int(by_module[f'model.{name}']) for name in names}
     params = {name: parameters[name] for name in names}
     flops['total'], params['total'] = int(by_module['']), parameters['']
-    return Complexity(shape, flops, params)
+    return Complexity((height, width), flops, params)

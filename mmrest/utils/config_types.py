@@ -14,13 +14,8 @@ TOOLBOXES = ('mmdet', 'mmseg', 'mmpretrain')
 def find_type(cfg: dict, registry: Registry) -> Optional[type]:
     """Find the class that a config would build.
 
-    Args:
-        cfg (dict): A config with ``type``, a class or a name, with or without a scope.
-        registry (Registry): Where names are looked up: first in the default scope,
-            then in its parents.
-
-    Returns:
-        type | None: None if there is no ``type``, or the name is not registered.
+    A name, with or without a scope, is looked up in the default scope of ``registry``,
+    then in its parents. It is None if there is no ``type``, or an unknown one.
     """
     kind = cfg.get('type')
     if not isinstance(kind, str):
@@ -30,14 +25,10 @@ def find_type(cfg: dict, registry: Registry) -> Optional[type]:
 
 
 def type_name(cfg_or_type: Union[dict, str, type, None, Any]) -> str:
-    """Name what a config would build, without scope and module.
+    """Name what a config, or its ``type``, would build, without scope and module.
 
-    Args:
-        cfg_or_type (dict | str | type | None): A config with ``type``, or such a type.
-
-    Returns:
-        str: For example ``'CocoMetric'``, for ``'mmdet.CocoMetric'`` and for the class
-        alike; empty if there is no ``type``.
+    It is ``'CocoMetric'`` for ``'mmdet.CocoMetric'`` and for the class alike; empty if
+    there is no ``type``.
     """
     kind = cfg_or_type.get('type') if isinstance(cfg_or_type, dict) else cfg_or_type
     if kind is None:
@@ -48,15 +39,10 @@ def type_name(cfg_or_type: Union[dict, str, type, None, Any]) -> str:
 
 
 def find_toolbox(cfg: dict) -> Optional[str]:
-    """Find the toolbox that a config is written for.
+    """Find the toolbox that a whole config is written for; None if nothing tells.
 
-    Args:
-        cfg (dict): A whole config. Where ``default_scope`` is missing or None, as in
-            pure-Python configs, the type of its model decides.
-
-    Returns:
-        str | None: ``default_scope``, ``'mmdet'``, ``'mmseg'`` or ``'mmpretrain'``;
-        None if neither field tells.
+    It is ``default_scope``. Where that is missing or None, as in pure-Python configs,
+    the type of the model decides.
     """
     if cfg.get('default_scope'):
         return cfg['default_scope']

@@ -14,15 +14,10 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def explain_disk_error(error: OSError, folder: str) -> Optional[str]:
-    """Say what a failing write means for a run.
+    """Say what a failing write means for a run in a work folder.
 
-    Args:
-        error (OSError): What was raised.
-        folder (str): The work folder.
-
-    Returns:
-        str | None: File, reason, free space and what to do; None if the error is of
-        another kind.
+    It is the file, the reason, free space and what to do; None if the error is of
+    another kind.
     """
     if error.errno not in _DISK_ERRORS:
         return None
@@ -35,11 +30,7 @@ def explain_disk_error(error: OSError, folder: str) -> Optional[str]:
 
 
 def free_space(folder: str) -> str:
-    """Say in a sentence how many bytes are free on the file system of a folder.
-
-    Args:
-        folder (str): The folder; its nearest existing parent is looked at.
-    """
+    """Say in a sentence how many bytes are free where a folder is, or is to be."""
     folder = os.path.abspath(folder)
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
@@ -52,10 +43,8 @@ def free_space(folder: str) -> str:
 def survive_log_errors(logger: logging.Logger) -> None:
     """Let a log file that cannot be written cost one line, and not the run.
 
-    Python prints a traceback for each line that a log file does not take.
-
-    Args:
-        logger (Logger): Its file handlers are changed.
+    Python prints a traceback for each line that a log file does not take. The file
+    handlers of the logger are changed.
     """
     failed = set()
 

@@ -57,20 +57,14 @@ def draw_predictions(
     if show_dir and folder:
         hook[folder] = show_dir
     elif show_dir:
-        # The backend writes below WORK_DIR/TIME/vis_data.
-        for backend in _local_backends(cfg):
-            backend['img_save_dir'] = osp.join(osp.pardir, show_dir)
-
-
-def _local_backends(cfg: Config) -> list:
-    """The visualizer's backends that write files; one is added if there is none."""
-    backends = list(cfg.visualizer.get('vis_backends') or [])
-    local = [b for b in backends if type_name(b) == 'LocalVisBackend']
-    if not local:
-        local = [ConfigDict(type='LocalVisBackend')]
-        backends += local
-    cfg.visualizer.vis_backends = backends
-    return local
+        backends = list(cfg.visualizer.get('vis_backends') or [])
+        if not any(type_name(b) == 'LocalVisBackend' for b in backends):
+            backends.append(ConfigDict(type='LocalVisBackend'))
+        cfg.visualizer.vis_backends = backends
+        for backend in backends:
+            if type_name(backend) == 'LocalVisBackend':
+                # The backend writes below WORK_DIR/TIME/vis_data.
+                backend['img_save_dir'] = osp.join(osp.pardir, show_dir)
 
 
 def augment_images(cfg: Config) -> None:

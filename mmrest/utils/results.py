@@ -41,14 +41,11 @@ class Expected:
 
 
 def read_index(root: Optional[Path] = None) -> list[dict[str, Any]]:
-    """Read the models of the index.
+    """Read the entries under ``Models`` of every file that the index imports.
 
     Args:
         root (Path, optional): folder of ``model-index.yml``. Defaults to that of
             the installed package or the checkout.
-
-    Returns:
-        list[dict]: the entries under ``Models`` of every imported file.
     """
     root = Path(root or config_root().parent)
     models = []
@@ -58,15 +55,8 @@ def read_index(root: Optional[Path] = None) -> list[dict[str, Any]]:
 
 
 def _metrics(model: Mapping[str, Any]) -> dict[str, float]:
-    found = {}
-    for result in model.get('Results', ()):
-        found.update(result['Metrics'])
-    return found
-
-
-def _tolerance(model: Mapping[str, Any]) -> float:
-    meta = model['Metadata']
-    return meta['Tolerance (AP)' if _is_detector(model) else 'Tolerance (points)']
+    results = model.get('Results', ())
+    return {name: v for result in results for name, v in result['Metrics'].items()}
 
 
 def _is_detector(model: Mapping[str, Any]) -> bool:
@@ -81,9 +71,6 @@ def expected(cfg: Config, name: str, root: Optional[Path] = None) -> Expected:
             ``metrics``, ``tolerance`` and ``kind``, comes before the index.
         name (str): the config's path, which the index is searched for.
         root (Path, optional): as in :func:`read_index`.
-
-    Returns:
-        Expected: the figures.
 
     Raises:
         ResultsError: If there are none, or they are incomplete.
@@ -103,11 +90,12 @@ def expected(cfg: Config, name: str, root: Optional[Path] = None) -> Expected:
     for model in read_index(root):
         if Path(model['Config']).parts[-2:] == path and 'Results' in model:
             meta = model['Metadata']
+            unit = 'AP' if _is_detector(model) else 'points'
             kind = (
                 f'{meta["Figures"]} figures, for {meta["Weights To Check"]} weights '
                 '(the model index)'
             )
-            return Expected(_metrics(model), _tolerance(model), kind)
+            return Expected(_metrics(model), meta[f'Tolerance ({unit})'], kind)
     raise ResultsError(
         f'no expected figures for {name}: neither does the config have '
         'expected_results, nor does the model index have figures of it'
@@ -115,11 +103,7 @@ def expected(cfg: Config, name: str, root: Optional[Path] = None) -> Expected:
 
 
 def compare(measured: Mapping[str, float], figures: Expected) -> tuple[bool, str]:
-    """Compare metrics of CocoMetric with expected figures.
-
-    Args:
-        measured (dict[str, float]): what ``Runner.test`` returned.
-        figures (Expected): what to compare with.
+    """Compare what ``Runner.test`` returned with expected figures.
 
     Returns:
         tuple[bool, str]: whether all agree, and a line for each figure.
@@ -146,36 +130,21 @@ def compare(measured: Mapping[str, float], figures: Expected) -> tuple[bool, str
 
 
 def render_table(root: Optional[Path] = None) -> str:
-    """Write the detectors of the index as a Markdown table, for the README.
-
-    Args:
-        root (Path, optional): as in :func:`read_index`.
-
-    Returns:
-        str: the table, without a line break at the end.
-    """
+    """Write the detectors of the index as a Markdown table, for the README."""
     lines = [
         '| config | published box AP | published mask AP | parameters '
         '| FLOPs at 800x1333 | expected of |',
         '|---|---|---|---|---|---|',
     ]
-    for model in read_index(root):
-        if not _is_detector(model):
-            continue
-        meta, metrics = model['Metadata'], _metrics(model)
-        name = Path(model['Config'])
-        lines.append(
-            '| [{}/{}]({}) | {} | {} | {:.1f} M | {:.0f} G | {} |'.format(
-                name.parent.name,
-                name.stem,
-                model['Config'],
-                metrics.get('box AP', '-'),
-                metrics.get('mask AP', '-'),
-                meta['Parameters'] / 1e6,
-                meta['FLOPs'] / 1e9,
-                '{} weights, within {}'.format(
-                    meta['Weights To Check'], meta['Tolerance (AP)']
-                ),
-            )
+    for model in filter(_is_detector, read_index(root)):
+        meta, metrics, path = model['Metadata'], _metrics(model), Path(model['Config'])
+        cells = (
+            f'[{path.parent.name}/{path.stem}]({path})',
+            metrics.get('box AP', '-'),
+            metrics.get('mask AP', '-'),
+            f'{meta["Parameters"] / 1e6:.1f} M',
+            f'{meta["FLOPs"] / 1e9:.0f} G',
+            f'{meta["Weights To Check"]} weights, within {meta["Tolerance (AP)"]}',
         )
+        lines.append(f'| {" | ".join(map(str, cells))} |')
     return '\n'.join(lines)

@@ -6,15 +6,7 @@ from typing import Union
 
 
 def shorten(items: Iterable, limit: int = 8) -> str:
-    """Join the first items of a list and count the rest.
-
-    Args:
-        items (Iterable): The items; each is written as ``str`` gives it.
-        limit (int): How many are written out. Default: 8.
-
-    Returns:
-        str: For example ``'a, b, c and 5 more'``.
-    """
+    """Join the first items of a list and count the rest: ``'a, b, c and 5 more'``."""
     items = [str(item) for item in items]
     text = ', '.join(items[:limit])
     rest = len(items) - limit
@@ -22,15 +14,10 @@ def shorten(items: Iterable, limit: int = 8) -> str:
 
 
 def split_at_section(file: Union[str, Path], name: str) -> tuple[str, str]:
-    """Find a section of a file that is generated.
+    """Split a file at a section that is generated.
 
-    Args:
-        file (str | Path): The file.
-        name (str): The name in ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.
-
-    Returns:
-        tuple[str, str]: What comes before the content, and what after it, with the
-        marks.
+    The section is between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``, which
+    stay with what comes before and after it.
 
     Raises:
         ValueError: If the file does not have both marks once.
@@ -44,15 +31,6 @@ def split_at_section(file: Union[str, Path], name: str) -> tuple[str, str]:
 
 
 def replace_section(file: Union[str, Path], name: str, content: str) -> None:
-    """Rewrite a file with another content of a section.
-
-    Args:
-        file (str | Path): The file.
-        name (str): As for :func:`split_at_section`.
-        content (str): The new content, without a line break at the end.
-
-    Raises:
-        ValueError: As :func:`split_at_section`.
-    """
+    """Rewrite a file with another content of a section, as above."""
     head, tail = split_at_section(file, name)
     Path(file).write_text(f'{head}{content}\n{tail}', encoding='utf-8')
