@@ -34,15 +34,12 @@ def config_root() -> Path:
 
 
 def find_config(name: str) -> str:
-    """Find a config of this package.
+    """Find the file of a config of this package.
 
     Args:
         name (str): The config's path below ``configs/``, with or without the leading
             ``mmrest::`` and the ending ``.py``, e.g.
             ``'mmrest::mask_rcnn/rest_base_fpn_1x.py'``.
-
-    Returns:
-        str: The path of the file.
 
     Raises:
         FileNotFoundError: If there is no such config; names the closest ones.

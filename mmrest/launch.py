@@ -39,6 +39,7 @@ from .checkpoint.resume import Latest
 from .config import SCOPE, find_config
 from .datasets import fill_coco_fields
 from .datasets.preflight import PreflightError, check_config, log_report
+from .datasets.preflight.reading import walk
 from .deployment.preprocessing import ExportError
 from .hooks import LabelRangeError, NonFiniteError
 from .optim.amp import DTYPES, AmpError
@@ -249,9 +250,6 @@ def choose_start(cfg: Config, resume: Optional[str]) -> Optional[Latest]:
         resume (str, optional): ``'auto'`` for the newest whole one of the work
             folder, if there is one; a path; or None for what the config says.
 
-    Returns:
-        Latest | None: The checkpoint; None if the run does not continue another.
-
     Raises:
         CheckpointError: If the checkpoint, or all of the work folder, are damaged.
     """
@@ -379,7 +377,14 @@ def _prepare_for_cpus(cfg: Config) -> None:
             f'--launcher {cfg.launcher} needs GPUs and none was found. Without GPUs '
             'use tools/dist_train.sh or tools/dist_test.sh.'
         )
-    if _replace_sync_bn(cfg.get('model', {})):
+    norms = [
+        part
+        for _, part in walk(cfg.get('model', {}), 'model')
+        if type_name(part) in ('SyncBN', 'MMSyncBN', 'SyncBatchNorm')
+    ]
+    for part in norms:
+        part['type'] = 'BN'
+    if norms:
         print_log(
             'SyncBN needs GPUs; here each process normalises by its own images (BN).',
             logger='current',
@@ -421,15 +426,3 @@ def _end_if_gloo(status: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-
-
-def _replace_sync_bn(part: Any) -> int:
-    """Write BN for SyncBN, as MMEngine does to the model of a single process."""
-    if isinstance(part, (list, tuple)):
-        return sum(_replace_sync_bn(value) for value in part)
-    if not isinstance(part, dict):
-        return 0
-    found = type_name(part) in ('SyncBN', 'MMSyncBN', 'SyncBatchNorm')
-    if found:
-        part['type'] = 'BN'
-    return found + sum(_replace_sync_bn(value) for value in part.values())

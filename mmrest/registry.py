@@ -18,13 +18,7 @@ class ToolboxRegistry(Registry):
     """Hands each name on to the registry of the toolbox that is in use."""
 
     def get(self, key: str) -> Optional[type]:
-        """Find a class.
-
-        Args:
-            key (str): Its name, with or without a scope.
-
-        Returns:
-            type | None: None if no registry has the name.
+        """Find a class by its name, with or without a scope; None if there is none.
 
         Raises:
             KeyError: If no default scope is set, nothing that is being built around

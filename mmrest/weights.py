@@ -155,14 +155,7 @@ class WeightsError(CheckpointError):
 
 
 def advise(path: Union[str, os.PathLike]) -> str:
-    """Say which command puts a file in place.
-
-    Args:
-        path (str | Path): The file that is missing.
-
-    Returns:
-        str: A sentence; empty if the name is of no model here.
-    """
+    """Say which command puts a missing file in place; empty if it is no model here."""
     name, folder = Path(path).stem, os.path.dirname(path) or '.'
     if Path(path).suffix != '.pth' or name not in (*MODELS, *BAIDU_ONLY):
         return ''

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Callable, Optional, Union
+from typing import Callable, Union
 
 from mmengine.dist import all_gather_object, is_main_process
 
@@ -37,15 +37,9 @@ class CheckpointWriteError(CheckpointError):
 def atomic_path(path: PathLike) -> Iterator[str]:
     """Write a file or folder whole or not at all, from one process.
 
-    Args:
-        path (str | Path): The file or folder; one that exists is replaced.
-
     Yields:
         str: The name to write under. When the block is left, what is there gets the
-        name ``path``; after an exception it is removed.
-
-    Raises:
-        OSError: If it cannot be brought to the disk.
+        name ``path``, in place of what had it; after an exception it is removed.
     """
     try:
         yield _beside(path)
@@ -56,12 +50,7 @@ def atomic_path(path: PathLike) -> Iterator[str]:
 
 
 def atomic_write(path: PathLike, content: Union[bytes, memoryview]) -> None:
-    """Write a file whole or not at all.
-
-    Args:
-        path (str | Path): The file; one that exists is replaced. Its folder is
-            created.
-        content (bytes | memoryview): What it holds.
+    """Write a file whole or not at all; its folder is created.
 
     Raises:
         CheckpointWriteError: If that fails. An older file is untouched.
@@ -75,38 +64,38 @@ def atomic_write(path: PathLike, content: Union[bytes, memoryview]) -> None:
 def atomic_save(path: str, save: Callable[[str], None]) -> None:
     """Let a function write a file or folder, whole or not at all.
 
-    All processes of a distributed run call it together. It returns on all of them
-    or raises on all of them, so that none waits for one that has failed.
-
-    Args:
-        path (str): The file or folder, the same on each process.
-        save (callable): Called on each process with the name to write under. It
-            may write on the first process only.
+    All processes of a distributed run call it together, with the same path. It returns
+    on all of them or raises on all of them, so that none waits for one that has failed.
+    ``save`` is called on each with the name to write under; it may write on the first
+    process only.
 
     Raises:
         CheckpointWriteError: If a process could not write, on every process. An
             older file or folder is untouched.
     """
-    problem = _attempt(path, lambda: save(_beside(path)))
-    problem = _first_of_all(problem)  # from here on all have written
-    if problem is None:
-        if is_main_process():
-            problem = _attempt(path, lambda: _put_in_place(path))
-        problem = _first_of_all(problem)
-    if problem is not None:
-        if is_main_process():
-            _remove_quietly(_beside(path))
-        raise CheckpointWriteError(problem)
+    is_main = is_main_process()
+    for step in (
+        lambda: save(_beside(path)),
+        lambda: _put_in_place(path) if is_main else None,  # when all have written
+    ):
+        problem = None
+        try:
+            with _described(path):
+                step()
+        except CheckpointWriteError as error:
+            problem = str(error)
+        # every process waits for the others
+        problems = [each for each in all_gather_object(problem) if each is not None]
+        if problems:
+            if is_main:
+                _remove_quietly(_beside(path))
+            raise CheckpointWriteError(problems[0])
 
 
 def remove_unfinished(folder: PathLike) -> list[str]:
     """Remove what processes that were killed while writing have left in a folder.
 
-    Args:
-        folder (str | Path): Where checkpoints are; subfolders are not looked at.
-
-    Returns:
-        list[str]: The names that were removed.
+    The names that were removed are returned; subfolders are not looked at.
     """
     try:
         names = sorted(n for n in os.listdir(folder) if n.endswith(UNFINISHED))
@@ -156,23 +145,9 @@ def _remove_quietly(path: str) -> None:
             os.remove(path)
 
 
-def _attempt(path: str, action: Callable[[], None]) -> Optional[str]:
-    """Return what went wrong; only errors of writing count."""
-    try:
-        with _described(path):
-            action()
-    except CheckpointWriteError as error:
-        return str(error)
-    return None
-
-
-def _first_of_all(problem: Optional[str]) -> Optional[str]:
-    """The first problem of any process. Every process waits for the others."""
-    return next((p for p in all_gather_object(problem) if p is not None), None)
-
-
 @contextlib.contextmanager
 def _described(path: PathLike) -> Iterator[None]:
+    """Say what an error of writing means; others pass."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -180,25 +155,20 @@ def _described(path: PathLike) -> Iterator[None]:
             sign in str(error) for sign in _WRITER_ERRORS
         ):
             raise
-        raise CheckpointWriteError(_describe(path, error)) from error
-
-
-def _describe(path: PathLike, error: Exception) -> str:
-    code = getattr(error, 'errno', None)
-    reason = os.strerror(code) if code else str(error)
-    space = free_space(os.path.dirname(os.path.abspath(path)))
-    if code in (errno.EROFS, errno.EACCES, errno.EPERM):
-        advice = 'Make the folder writable, or choose another with --work-dir'
-    else:
-        if code == errno.EDQUOT:
-            space += ' Your quota is used up.'
+        code = getattr(error, 'errno', None)
+        reason = os.strerror(code) if code else str(error)
+        space = free_space(os.path.dirname(os.path.abspath(path)))
         advice = (
             'Free space, or keep fewer checkpoints '
             '(default_hooks.checkpoint.max_keep_ckpts), or put them elsewhere '
             '(default_hooks.checkpoint.out_dir)'
         )
-    return (
-        f'{path} could not be written: {reason}. {space} Earlier checkpoints are '
-        f'whole, and nothing of this one is left. {advice}; then continue with '
-        '--resume.'
-    )
+        if code in (errno.EROFS, errno.EACCES, errno.EPERM):
+            advice = 'Make the folder writable, or choose another with --work-dir'
+        elif code == errno.EDQUOT:
+            space += ' Your quota is used up.'
+        raise CheckpointWriteError(
+            f'{path} could not be written: {reason}. {space} Earlier checkpoints are '
+            f'whole, and nothing of this one is left. {advice}; then continue with '
+            '--resume.'
+        ) from error

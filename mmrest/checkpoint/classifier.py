@@ -55,14 +55,8 @@ def load_published_classifier(
 
     For the method ``_checkpoint_filter`` of a backbone, which MMPretrain's
     ``ImageClassifier`` calls before it loads, be it for ``init_cfg``, ``pretrained``
-    or ``get_model``. It changes the state dict in place.
-
-    Args:
-        backbone (nn.Module): The classifier's.
-        state_dict (dict[str, Any]): What is loaded, a published file as it is or a
-            state dict of ``ImageClassifier``.
-        prefix (str): What the names of the classifier begin with.
-        allow_missing, allow_unexpected: As in :func:`load_pretrained`.
+    or ``get_model``. The state dict, a published file as it is or one of
+    ``ImageClassifier``, is changed in place.
 
     Raises:
         CheckpointError: If nothing of it would be loaded, or the backbone does not

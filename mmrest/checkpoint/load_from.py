@@ -189,12 +189,7 @@ def check_parent_init(
 
     For the backbone's ``_load_from_state_dict``. It does nothing unless MMEngine is
     initialising the model: only then does a part that is missing mean random weights.
-
-    Args:
-        backbone (nn.Module): Takes the tensors.
-        state_dict (dict[str, Any]): What is loaded.
-        prefix (str): What the names of the backbone begin with, as ``'backbone.'``.
-        allow_missing, allow_unexpected: As in :func:`load_pretrained`.
+    ``prefix`` is what the names of the backbone begin with, as ``'backbone.'``.
 
     Raises:
         CheckpointError: If the backbone would not be loaded whole.

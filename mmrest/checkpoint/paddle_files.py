@@ -27,15 +27,7 @@ def is_paddle(path: str) -> bool:
 
 
 def read_paddle(path: str, device: Union[str, torch.device] = 'cpu') -> dict[str, Any]:
-    """Read a file.
-
-    Args:
-        path (str): The file.
-        device (str | torch.device): Where the tensors go. Default: ``'cpu'``.
-
-    Returns:
-        dict[str, Any]: What the file holds, with tensors for arrays and with the names
-        of the published ResT.
+    """Read a file, with tensors for arrays and with the names of the published ResT.
 
     Raises:
         pickle.UnpicklingError: If the file asks for anything but arrays.

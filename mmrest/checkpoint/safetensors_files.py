@@ -26,15 +26,9 @@ def is_safetensors(path: str) -> bool:
 def read_safetensors(
     path: str, device: Union[str, torch.device] = 'cpu'
 ) -> dict[str, dict]:
-    """Read a file.
+    """Read a file: its tensors under ``state_dict``, and ``meta``.
 
-    Args:
-        path (str): The file.
-        device (str | torch.device): Where the tensors go. Default: ``'cpu'``.
-
-    Returns:
-        dict[str, dict]: The tensors under ``state_dict``, and ``meta``, empty if
-        the file was not written by :func:`safetensors_bytes`.
+    The latter is empty if the file was not written by :func:`safetensors_bytes`.
 
     Raises:
         ImportError: If safetensors is not installed.
@@ -48,15 +42,9 @@ def read_safetensors(
 def safetensors_bytes(
     state_dict: dict[str, torch.Tensor], meta: dict[str, Any]
 ) -> tuple[bytes, list[str]]:
-    """Make the content of a file.
+    """Make the content of a file, and name what was left out of ``meta``.
 
-    Args:
-        state_dict (dict[str, Tensor]): The tensors.
-        meta (dict[str, Any]): What else is known of them.
-
-    Returns:
-        tuple[bytes, list[str]]: The content, and the names of what was left out of
-        ``meta`` because it is nothing that JSON knows.
+    That is what JSON does not know.
 
     Raises:
         ImportError: If safetensors is not installed.

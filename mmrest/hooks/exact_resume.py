@@ -68,13 +68,13 @@ def restore(state: dict[str, Any]) -> None:
 
 
 def continue_exactly(runner: Runner, state: dict[str, Any]) -> None:
-    """Bring a resumed run to where the one that saved the checkpoint was.
+    """Bring a resumed run, at the end of ``before_train``, to where the saved one was.
 
     A validation that follows the checkpoint is made again, unless the checkpoint was
     saved after it: it may find the best checkpoint or change the learning rate.
 
     Args:
-        runner (Runner): At the end of ``before_train``, resumed.
+        runner (Runner): Resumed.
         state (dict): ``random_states`` of all processes, and ``validated``, whether
             the checkpoint was saved after the validation of its iteration.
 

@@ -1,8 +1,11 @@
 """Name the file of a label image with an index that is no class."""
 
+from typing import Any
+
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
+from mmengine.runner import Runner
 
 
 class LabelRangeError(ValueError):
@@ -20,33 +23,25 @@ class LabelRangeHook(Hook):
         LabelRangeError: With the file, the indices and the number of pixels.
     """
 
-    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
-        """Check a batch of the training."""
-        _check(runner.model, data_batch)
+    def before_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None
+    ) -> None:
+        """Check a batch of the training, validation or test."""
+        head = _decode_head(runner.model)
+        for sample in data_batch['data_samples']:
+            # with test-time augmentation a list, in which all have the same labels
+            sample = sample[0] if isinstance(sample, (list, tuple)) else sample
+            if 'gt_sem_seg' in sample:
+                _check(sample, head)
 
-    def before_val_iter(self, runner, batch_idx, data_batch=None) -> None:
-        """Check a batch of the validation."""
-        _check(runner.model, data_batch)
-
-    def before_test_iter(self, runner, batch_idx, data_batch=None) -> None:
-        """Check a batch of the test; with augmentations, the first of each image."""
-        _check(runner.model, data_batch)
+    before_val_iter = before_test_iter = before_train_iter
 
 
-def _check(model, data_batch):
-    head = _decode_head(model)
-    for sample in data_batch['data_samples']:
-        # with test-time augmentation a list, in which all have the same labels
-        sample = sample[0] if isinstance(sample, (list, tuple)) else sample
-        if 'gt_sem_seg' not in sample:
-            continue
-        labels = sample.gt_sem_seg.data
-        ignored = labels.new_tensor(
-            -1 if head.ignore_index is None else head.ignore_index
-        )
-        wrong = (labels >= head.num_classes) & (labels != ignored)
-        if not wrong.any():
-            continue
+def _check(sample: Any, head: Any) -> None:
+    labels = sample.gt_sem_seg.data
+    ignored = labels.new_tensor(-1 if head.ignore_index is None else head.ignore_index)
+    wrong = (labels >= head.num_classes) & (labels != ignored)
+    if wrong.any():
         found = ', '.join(str(label) for label in labels[wrong].unique().tolist())
         shift = ' after reduce_zero_label' if sample.get('reduce_zero_label') else ''
         raise LabelRangeError(
@@ -58,7 +53,7 @@ def _check(model, data_batch):
         )
 
 
-def _decode_head(model):
+def _decode_head(model: Any) -> Any:
     # DistributedDataParallel and the model of test-time augmentation
     while is_model_wrapper(model) or not hasattr(model, 'decode_head'):
         model = model.module

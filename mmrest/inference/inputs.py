@@ -22,34 +22,21 @@ SECONDS = 30  # without an answer of a server
 
 
 class Item(NamedTuple):
-    """An image, or why there is none.
+    """An image, or why there is none."""
 
-    Attributes:
-        name (str): Name of its file, or of the video and the number of the frame.
-        image (ndarray): Of shape (H, W, 3), BGR, uint8; without pixels if there is
-            an error.
-        error (str): What is wrong with the file; empty if nothing is.
-    """
-
-    name: str
+    name: str  # name of its file, or of the video and the number of the frame
+    # of shape (H, W, 3), BGR, uint8; without pixels if there is an error
     image: np.ndarray
-    error: str = ''
+    error: str = ''  # what is wrong with the file; empty if nothing is
 
 
 class Inputs(NamedTuple):
-    """What an input consists of.
+    """What an input consists of."""
 
-    Attributes:
-        items (Iterator[Item]): The images, read when they are asked for.
-        total (int | None): Their number, if it is known before.
-        fps (float): Frames per second of a video or camera; 0 for images.
-        name (str): Name of the video or camera; empty for images.
-    """
-
-    items: Iterator[Item]
-    total: Optional[int]
-    fps: float = 0.0
-    name: str = ''
+    items: Iterator[Item]  # the images, read when they are asked for
+    total: Optional[int]  # their number, if it is known before
+    fps: float = 0.0  # frames per second of a video or camera; 0 for images
+    name: str = ''  # name of the video or camera; empty for images
 
 
 def read_inputs(source: Union[str, Path]) -> Inputs:

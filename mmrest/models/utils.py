@@ -58,13 +58,7 @@ def to_tokens(x: Tensor) -> Tensor:
 def depthwise_conv(
     dim: int, out_dim: Optional[int] = None, **options: Any
 ) -> nn.Conv2d:
-    """A convolution of each channel by itself.
-
-    Args:
-        dim (int): Channels of the map.
-        out_dim (int, optional): Channels of the result, a multiple. Default: ``dim``.
-        **options: Of ``nn.Conv2d``.
-    """
+    """A convolution of each channel by itself; ``out_dim`` is a multiple of ``dim``."""
     return nn.Conv2d(dim, out_dim or dim, groups=dim, **options)
 
 
@@ -73,10 +67,6 @@ def reduce_map(conv: nn.Module, x: Tensor) -> Tensor:
 
     On a CPU its gradients take 5 to 14 times as long in bfloat16 as in float32, so that
     training under autocast computes it in float32.
-
-    Args:
-        conv (nn.Module): The convolution.
-        x (Tensor): A map of shape (B, C, H, W).
     """
     if not (
         x.device.type == 'cpu'

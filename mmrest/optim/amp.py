@@ -43,11 +43,7 @@ class BFloat16OptimWrapper(OptimWrapper):
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Autocast, and what ``OptimWrapper`` does for gradient accumulation.
-
-        Args:
-            model (nn.Module): The model to train; see :func:`keep_in_float32`.
-        """
+        """Autocast, and what ``OptimWrapper`` does for gradient accumulation."""
         if self._prepared is not model:
             keep_in_float32(model)
             self._prepared = model
@@ -58,10 +54,9 @@ class BFloat16OptimWrapper(OptimWrapper):
 def keep_in_float32(model: nn.Module) -> None:
     """Have boxes, losses and mmcv's operators computed in float32 under autocast.
 
-    Args:
-        model (nn.Module): mmcv's operators, RoI extractors and losses get hooks that
-            cast what they are called with, heads one that casts what they return.
-            Nothing happens to float32, nor when called again.
+    mmcv's operators, RoI extractors and losses get hooks that cast what they are called
+    with, heads one that casts what they return. Nothing happens to float32, nor when
+    called again.
     """
     for module in model.modules():
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
@@ -101,12 +96,7 @@ def _output_to_float32(module: nn.Module, args: tuple, output: Any) -> Any:
 def choose_dtype(requested: str) -> str:
     """Choose the data type of ``--amp``.
 
-    Args:
-        requested (str): ``'bfloat16'``, ``'float16'``, or ``'auto'``: bfloat16 where
-            the device computes in it, else float16.
-
-    Returns:
-        str: ``'bfloat16'`` or ``'float16'``.
+    ``'auto'`` is ``'bfloat16'`` where the device computes in it, else ``'float16'``.
 
     Raises:
         AmpError: If the device has no autocast in that data type.
@@ -177,11 +167,7 @@ def train_with_amp(cfg: Config, requested: Optional[str]) -> None:
 
 
 def test_with_amp(model: nn.Module, requested: str) -> None:
-    """Make the test steps of a model run in mixed precision.
-
-    Args:
-        model (nn.Module): The Runner's model, wrapped or not.
-        requested (str): As for :func:`choose_dtype`.
+    """Make the test steps of a Runner's model, wrapped or not, run in mixed precision.
 
     Raises:
         AmpError: As :func:`choose_dtype`, and for a model that is not built yet.

@@ -21,16 +21,7 @@ def rest_block_wrap_policy(
 
     For ``auto_wrap_policy`` of MMEngine's ``MMFullyShardedDataParallel``: the
     parameters of one block at a time are gathered for its forward and its backward
-    pass.
-
-    Args:
-        module (nn.Module): The module in question.
-        recurse (bool): Whether it is asked if to look into the module, and not if to
-            wrap it.
-        nonwrapped_numel (int): Its parameters that are in no unit yet.
-
-    Returns:
-        bool: The answer.
+    pass. ``recurse`` asks whether to look into the module, and not if to wrap it.
     """
     return recurse or isinstance(module, Block)
 
@@ -87,13 +78,6 @@ class BlockFSDPStrategy(FSDPStrategy):
     ) -> BaseOptimWrapper:
         """Build the optimizer; the norm of its gradient is that of all processes.
 
-        Args:
-            optim_wrapper (Optimizer | OptimWrapper | dict): As for ``FSDPStrategy``.
-            model (nn.Module, optional): The wrapped model.
-
-        Returns:
-            BaseOptimWrapper: The wrapper.
-
         Raises:
             ValueError: If ``clip_grad`` has options that FSDP does not know.
         """
@@ -114,11 +98,9 @@ class BlockFSDPStrategy(FSDPStrategy):
         return self.model.clip_grad_norm_(**options)
 
     def load_optim_state_dict(self, state_dict: dict) -> None:
-        """Load the optimizer's state.
+        """Load what a checkpoint has as ``optimizer``.
 
-        Args:
-            state_dict (dict): What a checkpoint has as ``optimizer``, of this
-                strategy or of a run without FSDP and with the same config.
+        It may be of this strategy or of a run without FSDP and with the same config.
         """
         names = self._names_of_optimizer()
         state_dict = dict(

@@ -78,13 +78,9 @@ def _dense_attention(model: nn.Module) -> Iterator[None]:
 def complexity(model: nn.Module, shape: tuple[int, int]) -> Complexity:
     """Count a forward pass of one image, with the channels of its first convolution.
 
-    A detector's heads run on the proposals that the model makes of a random
-    image, at most 1,000 in the box head and 100 in the mask head.
-
-    Args:
-        model (nn.Module): A detector, segmentor, classifier or backbone.
-        shape (tuple[int, int]): Height and width of the image; it is padded as
-            the model's data preprocessor does.
+    A detector's heads run on the proposals that the model makes of a random image, at
+    most 1,000 in the box head and 100 in the mask head. The image is padded as the
+    model's data preprocessor does.
     """
     model = model.eval()
     preprocessor = getattr(model, 'data_preprocessor', None)

@@ -14,11 +14,7 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def explain_disk_error(error: OSError, folder: str) -> Optional[str]:
-    """Say what a failing write means for a run in a work folder.
-
-    It is the file, the reason, free space and what to do; None if the error is of
-    another kind.
-    """
+    """Say what a failing write means for a run in a work folder, if the disk is why."""
     if error.errno not in _DISK_ERRORS:
         return None
     where = error.filename or f'a file in {os.path.abspath(folder)}'

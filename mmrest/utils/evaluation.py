@@ -70,8 +70,7 @@ def draw_predictions(
 def augment_images(cfg: Config) -> None:
     """Have the model see each image in the forms that ``tta_pipeline`` makes of it.
 
-    Args:
-        cfg (Config): Changed in place: ``tta_model`` wraps ``model``.
+    ``tta_model`` of the config wraps ``model``, in place.
 
     Raises:
         LaunchError: If the config lacks a field for it, or the model's predictions
@@ -98,11 +97,9 @@ def augment_images(cfg: Config) -> None:
 def write_predictions(cfg: Config, path: str) -> None:
     """Have the evaluation write all predictions.
 
-    Args:
-        cfg (Config): The metrics of ``test_evaluator`` become a list, which is changed
-            in place.
-        path (str): ``NAME.pkl``; ``NAME.json`` for the result format of COCO; for a
-            segmentor a folder for its label images.
+    ``path`` is ``NAME.pkl``; ``NAME.json`` for the result format of COCO; for a
+    segmentor a folder for its label images. The metrics of ``test_evaluator`` become a
+    list, which is changed in place.
 
     Raises:
         LaunchError: If the evaluator cannot write such a file.

@@ -12,9 +12,6 @@ def register_in_toolboxes(model: type) -> None:
 
     MMEngine looks a name without scope up in the parents of a registry, but
     ``type='mmdet.ResT'`` within the scope mmdet in mmdet's own registry alone.
-
-    Args:
-        model (type): The class.
     """
     for toolbox in TOOLBOXES:
         try:

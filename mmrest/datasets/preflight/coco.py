@@ -123,14 +123,9 @@ def check_annotations(
 ) -> tuple[Optional[Content], list[str]]:
     """Look for what makes a dataset fail or lose annotations.
 
-    Args:
-        dataset (CocoDataset): From :func:`find_coco_datasets`.
-        unused_categories (bool): Whether categories other than the dataset's
-            classes may have annotations. Defaults to False.
-
-    Returns:
-        tuple[Content | None, list[str]]: The file's content, or None if it cannot be
-        used at all, and the findings.
+    ``unused_categories`` are those other than the dataset's classes: whether they may
+    have annotations. The content is None if the file cannot be used at all; beside it
+    are the findings.
     """
     path = dataset.ann_file
     try:

@@ -107,12 +107,7 @@ def inspect_image(path: str, apply_exif_orientation: bool = True) -> ImageFacts:
 def check_images(
     dataset: 'CocoDataset', images: list[dict], decode: Optional[int] = None
 ) -> tuple[list[str], list[str]]:
-    """Check that images exist, and that some of them can be decoded.
-
-    Args:
-        dataset (CocoDataset): From :func:`.coco.find_coco_datasets`.
-        images (list[dict]): The list of that name in the annotation file.
-        decode (int | None): See :func:`spread`.
+    """Check that images, as the annotation file lists them, exist, and decode some.
 
     Returns:
         tuple[list[str], list[str]]: Findings, and one clause a kind of image that

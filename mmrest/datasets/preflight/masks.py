@@ -131,12 +131,7 @@ def check_masks(dataset: 'CocoDataset', content: 'Content') -> Iterator[str]:
 
 
 def mask_fault(mask: Any, image: dict) -> Optional[str]:
-    """Say in a few words what is wrong with a mask, or None.
-
-    Args:
-        mask (Polygons | dict | None): From :func:`read_mask`.
-        image (dict): With its ``width`` and ``height`` in pixels.
-    """
+    """Say in a few words what is wrong with what :func:`read_mask` gave, or None."""
     if not mask:
         return None
     if isinstance(mask, Polygons):

@@ -96,12 +96,8 @@ def check_seg_dataset(
 ) -> tuple[int, list[str]]:
     """Look for what makes a dataset fail, or label pixels wrongly.
 
-    Args:
-        dataset (SegDataset): From :func:`find_seg_datasets`.
-        decode (int | None): How many pairs to decode, see :func:`.images.spread`.
-
-    Returns:
-        tuple[int, list[str]]: Number of images, and findings.
+    The number of images and findings are returned; see :func:`.images.spread` for
+    ``decode``.
     """
     pairs: list[Pair] = []
     found = [dataset.fault] if dataset.fault else []
