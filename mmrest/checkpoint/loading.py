@@ -135,9 +135,6 @@ def load_pretrained(
             another number of input channels, see :func:`adapt_input_channels`.
             Default: False.
 
-    Returns:
-        LoadReport: What was loaded, missing and unexpected.
-
     Raises:
         CheckpointError: If the file cannot be read, or does not fit.
     """

@@ -74,9 +74,6 @@ def recognise(state_dict: Mapping[str, Tensor], form: str = 'detectron2') -> Det
         form (str): Whose names they are, ``'detectron2'`` or ``'mmdet'``.
             Default: ``'detectron2'``.
 
-    Returns:
-        Detector: What the checkpoint holds.
-
     Raises:
         ConversionError: If it is no ResT Mask R-CNN or RetinaNet.
     """
@@ -101,9 +98,6 @@ def to_mmdet(state_dict: Mapping[str, Tensor]) -> Conversion:
     Args:
         state_dict (dict[str, Tensor]): Tensors under detectron2's names. It is
             not changed; tensors that need no reordering are shared.
-
-    Returns:
-        Conversion: With the tensors under mmdet's names.
 
     Raises:
         ConversionError: If the tensors are not exactly those of one of the
@@ -136,16 +130,13 @@ def to_detectron2(
 ) -> Conversion:
     """Rename an mmdet ResT detector's tensors for detectron2.
 
+    What :func:`to_mmdet` made from a checkpoint becomes that checkpoint again, bit for
+    bit, if its ``added`` and ``constants`` are given.
+
     Args:
         state_dict (dict[str, Tensor]): Tensors under mmdet's names.
-        added (Iterable[str]): detectron2 names to leave out again, as
-            :func:`to_mmdet` reported them. Default: ().
+        added (Iterable[str]): detectron2 names to leave out again. Default: ().
         stored (dict[str, Tensor], optional): Constants to put back. Default: None.
-
-    Returns:
-        Conversion: With the tensors under detectron2's names. What
-        :func:`to_mmdet` made from a checkpoint becomes that checkpoint again,
-        bit for bit, if its ``added`` and ``constants`` are given.
 
     Raises:
         ConversionError: As :func:`to_mmdet`.

@@ -44,31 +44,12 @@ class AtomicCheckpointHook(CheckpointHook):
     - A failing write (disk full, read-only) ends the run on all processes, with
       the reason; earlier files are untouched.
     - The random states of all processes are saved and, on resuming, restored right
-      before the first new batch. A validation leaves them as they were. With a fixed
-      ``randomness.seed`` and as many processes as before, the run then continues
-      bit by bit where the hardware computes the same twice, with the exceptions
-      below.
+      before the first new batch. A validation leaves them as they were, and one that
+      was due after the checkpoint is made first. With a fixed ``randomness.seed`` and
+      as many processes as before, the run then continues bit by bit where the hardware
+      computes the same twice; ``docs/reliability.md`` lists the exceptions.
     - Resuming says so if the optimizer or the schedules of the config are not those of
       the checkpoint.
-
-    A resumed run differs, in its augmentations or its data,
-
-    - in epoch-based training with ``num_workers > 0`` and ``persistent_workers=True``:
-      the workers' random states go on from epoch to epoch, and new workers start from
-      the seed. ``persistent_workers=False`` continues exactly. In iteration-based
-      training MMEngine draws all batches of the past again, so they agree;
-    - if a checkpoint is resumed that was saved within an epoch of epoch-based
-      training: MMEngine starts that epoch again. With ``PreemptionHook`` it goes on
-      within it, and only augmentations in workers of the data loader differ;
-    - with transforms that keep images from earlier batches (``Mosaic`` with a cache)
-      and ``num_workers=0``;
-    - on OneDL's MMEngine with ``num_workers > 0`` where it skips the past data
-      without loading it;
-    - if gradients are accumulated and a checkpoint falls between two steps: what was
-      accumulated is not saved. Choose ``interval`` as a multiple of
-      ``accumulative_counts``; a warning says if it is not.
-
-    A validation that was due after the checkpoint is made before the first iteration.
 
     Only local files are treated so; with a remote ``backend_args`` or the deprecated
     ``file_client_args`` MMEngine's own way is taken, with the random states.

@@ -182,16 +182,11 @@ def choose_schedule(runner: Runner, checkpoint: dict, source: str) -> None:
     """Say which learning rates and schedules a resumed run uses, if it matters.
 
     MMEngine uses those of the checkpoint and says nothing, also where the schedules
-    are of other kinds, which ends in an error or in wrong rates. Nothing is done for
-    several optimizers (``OptimWrapperDict``).
-
-    Args:
-        runner (Runner): Built from the config; nothing is loaded yet.
-        checkpoint (dict): Changed in place where those of the config are used.
-        source (str): ``'checkpoint'`` or ``'config'``. The latter replaces all
-            settings of the optimizer and the schedules, which are then where they
-            would be if the whole run had had them. It is what happens, too, if the
-            schedules of the checkpoint are of other kinds.
+    are of other kinds, which ends in an error or in wrong rates. Those of the config
+    are used, with all settings of the optimizer, if ``source`` is ``'config'`` and if
+    the schedules are of other kinds. They are then where they would be if the whole
+    run had had them, and the checkpoint is changed in place. It is called before
+    anything is loaded, and does nothing for several optimizers (``OptimWrapperDict``).
     """
     wrapper, schedules = runner.optim_wrapper, runner.param_schedulers or []
     saved = checkpoint.get('optimizer')

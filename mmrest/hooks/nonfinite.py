@@ -240,9 +240,8 @@ def find_source(
         model (BaseModel): Without its wrapper.
         batch (Any): What the data loader gave.
         random_states (list[Tensor]): Of the CPU and the current GPU, before the pass.
-        weights (dict[str, Tensor], optional): Parameters and buffers to use in place
-            of the model's own, perhaps none of them. If None, there are no good
-            ones, and only the inputs are looked at.
+        weights (dict[str, Tensor], optional): What to use in place of the model's own
+            parameters and buffers. If None, only the inputs are looked at.
     """
     handles = _watch(model)
     try:

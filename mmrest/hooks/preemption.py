@@ -70,16 +70,10 @@ class StopSignals:
     """Handlers of the signals with which a scheduler ends a job.
 
     After :meth:`start` a signal raises :class:`Preempted`, since there is nothing to
-    save yet. Within :meth:`noted` it only sets ``received``. A second signal ends the
-    process at once. Child processes end by SIGTERM as if there were no handler.
-
-    Args:
-        names (tuple[str]): Signals. Default: ``('SIGTERM', 'SIGUSR1')``.
-        repeat (float): Seconds in which further signals count as the first one,
-            because srun and torchrun may both pass it on. Default: 5.
-
-    Attributes:
-        received (str | None): Name of the first signal.
+    save yet. Within :meth:`noted` it only sets ``received``, the name of the first one.
+    A second signal ends the process at once, unless it comes within ``repeat`` seconds,
+    because srun and torchrun may both pass it on. Child processes end by SIGTERM as if
+    there were no handler.
 
     Raises:
         ValueError: If this system has no such signal.
@@ -196,12 +190,10 @@ class WorkerShield:
     error in the middle of the iteration that the main process was to finish. Until
     :meth:`end`, such a worker ignores SIGTERM and SIGUSR1. It ends within seconds if
     its main process was killed; torch's own may wait for ever to hand over a batch.
+    ``init`` is the loader's own ``worker_init_fn``.
 
     Works with the start methods fork, spawn and forkserver; on Windows it does
     nothing.
-
-    Args:
-        init (callable, optional): The loader's own ``worker_init_fn``.
     """
 
     def __init__(self, init: Optional[Callable[[int], Any]] = None) -> None:
@@ -357,23 +349,21 @@ class PreemptionHook(Hook):
     The iteration is finished; with several processes the next one too, because all
     must stop at the same; with accumulated gradients all up to the next step, because
     a checkpoint does not hold them. A validation is broken off and done again by the
-    resumed run. It is finished if the processes have different numbers of validation
-    batches. ``--resume`` continues after exactly that iteration, within an epoch too.
-    A second signal, more than ``repeat`` seconds later, ends the process at once.
+    resumed run, or finished if the processes have different numbers of batches.
+    ``--resume`` continues after exactly that iteration, within an epoch too.
 
     The runner's checkpoint hook writes the file, so its settings hold. One that saves
     by epochs writes an ``iter_N.pth`` here, which is removed after the next
-    checkpoint if the hook removes old ones at all.
-
-    Signal handlers and the ``worker_init_fn`` of the data loaders are replaced while
-    the training loop runs, and only then.
+    checkpoint if the hook removes old ones at all. Signal handlers and the
+    ``worker_init_fn`` of the data loaders are replaced while the training loop runs,
+    and only then.
 
     Args:
         signals (tuple[str]): Default: ``('SIGTERM', 'SIGUSR1')``.
         status (int): Exit status. Default: 75, which sysexits.h calls a temporary
             failure: try again.
-        repeat (float): Seconds in which further signals count as the first one.
-            Default: 5.
+        repeat (float): Seconds in which further signals count as the first one; a
+            later one ends the process at once. Default: 5.
 
     Raises:
         ValueError: If there is no such signal.
