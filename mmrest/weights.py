@@ -384,12 +384,7 @@ def _put_in_place(tensors: dict[str, Tensor], path: Path) -> None:
 def check(path: Union[str, os.PathLike], name: str) -> dict[str, Tensor]:
     """Check every name and shape of a file against the model with its classifier.
 
-    Args:
-        path (str | Path): The file.
-        name (str): A key of ``MODELS``.
-
-    Returns:
-        dict[str, Tensor]: The tensors, with the published names.
+    ``name`` is a key of ``MODELS``. The tensors come with the published names.
 
     Raises:
         CheckpointError: If it cannot be read or does not fit.

@@ -46,15 +46,10 @@ def run(
     convert: Callable[[], tuple[Conversion, dict[str, Any]]],
     to_mmdet: bool,
 ) -> int:
-    """Convert and write, or print the mapping; report errors in one message.
+    """Convert and write, or print the mapping, and return the exit status.
 
-    Args:
-        args (Namespace): Of :func:`parser`.
-        convert (callable): Returns the conversion and the checkpoint to save.
-        to_mmdet (bool): Whether the direction is to mmdet.
-
-    Returns:
-        int: Exit status, 0 or 1.
+    ``convert`` returns the conversion and the checkpoint to save. Errors are reported
+    in one message.
     """
     try:
         if not args.dry_run:

@@ -320,25 +320,6 @@ class RestOfBatches:
         return getattr(self.__dict__['_batch_sampler'], name)
 
 
-def _skip_batches_done(runner: Runner) -> None:
-    """Begin a resumed epoch where its checkpoint was written.
-
-    MMEngine repeats such an epoch from its first batch, and makes more iterations
-    than planned. No image is loaded for the batches that are skipped.
-    """
-    if not isinstance(runner.train_loop, EpochBasedTrainLoop):
-        return
-    loader = runner.train_dataloader
-    done = runner.iter - runner.epoch * len(loader)
-    if 0 < done <= len(loader):
-        # torch forbids assignment: iterators that exist would not notice
-        loader.__dict__['batch_sampler'] = RestOfBatches(loader.batch_sampler, done)
-        runner.logger.info(
-            f'{done} of the {len(loader)} batches of epoch {runner.epoch + 1} are '
-            'done and skipped.'
-        )
-
-
 # --------------------------------------------------------------------- the hook
 
 
@@ -416,8 +397,22 @@ class PreemptionHook(Hook):
             runner.val_loop.run()
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Go on within an epoch."""
-        _skip_batches_done(runner)
+        """Begin a resumed epoch where its checkpoint was written.
+
+        MMEngine repeats such an epoch from its first batch, and makes more iterations
+        than planned. No image is loaded for the batches that are skipped.
+        """
+        if not isinstance(runner.train_loop, EpochBasedTrainLoop):
+            return
+        loader = runner.train_dataloader
+        done = runner.iter - runner.epoch * len(loader)
+        if 0 < done <= len(loader):
+            # torch forbids assignment: iterators that exist would not notice
+            loader.__dict__['batch_sampler'] = RestOfBatches(loader.batch_sampler, done)
+            runner.logger.info(
+                f'{done} of the {len(loader)} batches of epoch {runner.epoch + 1} are '
+                'done and skipped.'
+            )
 
     def after_train_iter(
         self,
@@ -521,25 +516,17 @@ def _save(runner: Runner, done: int) -> str:
         if is_main_process():
             atomic_write(osp.join(runner.work_dir, 'last_checkpoint'), path.encode())
         return path
-    is_extra = hook.by_epoch
-    with _by_iterations(hook):
-        path = hook.file_backend.join_path(
-            hook.out_dir, hook.filename_tmpl.format(done)
-        )
-        runner.message_hub.update_info(_EXTRA_FILE, path if is_extra else None)
-        hook._save_checkpoint_with_step(runner, done, meta)
-    return path
-
-
-@contextmanager
-def _by_iterations(hook: CheckpointHook) -> Iterator[None]:
-    """Let a checkpoint hook that saves by epochs save an iteration."""
     before = hook.by_epoch, hook.filename_tmpl, hook.max_keep_ckpts
-    if hook.by_epoch:
+    is_extra = hook.by_epoch
+    if is_extra:
         # its list of old files is one of epochs
         hook.by_epoch, hook.max_keep_ckpts = False, -1
         hook.filename_tmpl = 'iter_{}.pth'
     try:
-        yield
+        name = hook.filename_tmpl.format(done)
+        path = hook.file_backend.join_path(hook.out_dir, name)
+        runner.message_hub.update_info(_EXTRA_FILE, path if is_extra else None)
+        hook._save_checkpoint_with_step(runner, done, meta)
     finally:
         hook.by_epoch, hook.filename_tmpl, hook.max_keep_ckpts = before
+    return path

@@ -85,7 +85,6 @@ class Inferencer(ABC):
         samples = self.base.forward(self.preprocess(images))
         return [sample.cpu() for sample in samples]
 
-    @abstractmethod
     def draw(
         self, image: np.ndarray, sample: Any, score_thr: float = 0.3
     ) -> np.ndarray:
@@ -99,6 +98,12 @@ class Inferencer(ABC):
         Returns:
             ndarray: BGR, uint8.
         """
+        self._add(image[..., ::-1], sample, score_thr)
+        return self.base.visualizer.get_image()[..., ::-1]
+
+    @abstractmethod
+    def _add(self, image: np.ndarray, sample: Any, score_thr: float) -> None:
+        """Have the visualizer draw on an image, which is RGB."""
 
     @abstractmethod
     def to_dict(self, sample: Any, score_thr: float = 0.0) -> dict:
@@ -132,17 +137,14 @@ class _Detection(Inferencer):
         ((_, batch),) = self.base.preprocess(list(images), batch_size=len(images))
         return batch
 
-    def draw(
-        self, image: np.ndarray, sample: Any, score_thr: float = 0.3
-    ) -> np.ndarray:
+    def _add(self, image: np.ndarray, sample: Any, score_thr: float) -> None:
         self.base.visualizer.add_datasample(
             'image',
-            image[..., ::-1],
+            image,
             sample,
             draw_gt=False,
             pred_score_thr=score_thr,
         )
-        return self.base.visualizer.get_image()[..., ::-1]
 
     def to_dict(self, sample: Any, score_thr: float = 0.0) -> dict:
         kept = sample.clone()
@@ -177,13 +179,8 @@ class _Segmentation(Inferencer):
             samples += super().predict(list(part))
         return samples
 
-    def draw(
-        self, image: np.ndarray, sample: Any, score_thr: float = 0.3
-    ) -> np.ndarray:
-        self.base.visualizer.add_datasample(
-            'image', image[..., ::-1], sample, draw_gt=False
-        )
-        return self.base.visualizer.get_image()[..., ::-1]
+    def _add(self, image: np.ndarray, sample: Any, score_thr: float) -> None:
+        self.base.visualizer.add_datasample('image', image, sample, draw_gt=False)
 
     def to_dict(self, sample: Any, score_thr: float = 0.0) -> dict:
         labels, counts = np.unique(sample.pred_sem_seg.data, return_counts=True)
@@ -218,13 +215,10 @@ class _Classification(Inferencer):
     def _classes(self) -> Sequence[str]:
         return self.base.classes
 
-    def draw(
-        self, image: np.ndarray, sample: Any, score_thr: float = 0.3
-    ) -> np.ndarray:
+    def _add(self, image: np.ndarray, sample: Any, score_thr: float) -> None:
         self.base.visualizer.visualize_cls(
-            image[..., ::-1], sample, classes=self.classes, draw_gt=False
+            image, sample, classes=self.classes, draw_gt=False
         )
-        return self.base.visualizer.get_image()[..., ::-1]
 
     def to_dict(self, sample: Any, score_thr: float = 0.0) -> dict:
         scores = sample.pred_score

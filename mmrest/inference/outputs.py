@@ -70,11 +70,8 @@ class OutputFolder:
     ) -> None:
         """Save what was found in an image.
 
-        Args:
-            item (Item): The image.
-            picture (ndarray): The image with the prediction, BGR.
-            result (dict): The prediction, for JSON.
-            labels (ndarray, optional): Label of each pixel, saved as PNG.
+        The picture is the image with the prediction, BGR, the result is for JSON, and
+        the labels of the pixels are saved as PNG.
 
         Raises:
             OSError: If the disk takes no more.

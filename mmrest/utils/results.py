@@ -43,9 +43,8 @@ class Expected:
 def read_index(root: Optional[Path] = None) -> list[dict[str, Any]]:
     """Read the entries under ``Models`` of every file that the index imports.
 
-    Args:
-        root (Path, optional): folder of ``model-index.yml``. Defaults to that of
-            the installed package or the checkout.
+    ``root`` is the folder of ``model-index.yml``: that of the installed package or the
+    checkout, if it is not given.
     """
     root = Path(root or config_root().parent)
     models = []
@@ -66,11 +65,8 @@ def _is_detector(model: Mapping[str, Any]) -> bool:
 def expected(cfg: Config, name: str, root: Optional[Path] = None) -> Expected:
     """Find the expected figures of a config.
 
-    Args:
-        cfg (Config): the config; its ``expected_results``, a dict with
-            ``metrics``, ``tolerance`` and ``kind``, comes before the index.
-        name (str): the config's path, which the index is searched for.
-        root (Path, optional): as in :func:`read_index`.
+    Its ``expected_results``, a dict with ``metrics``, ``tolerance`` and ``kind``, comes
+    before the index, which is searched for its path, ``name``.
 
     Raises:
         ResultsError: If there are none, or they are incomplete.
