@@ -146,18 +146,23 @@ def check_images(
                 'accordingly'
             ] += 1
     remove = 'remove them and their annotations from the file.'
-    found = [
-        missing
-        and f'{len(missing)} of {len(images)} images listed in {dataset.ann_file} are '
-        f'not in {folder}: {shorten(missing)}. Fetch them, or {remove}',
-        empty
-        and f'{len(empty)} of {len(images)} images in {folder} are empty files (0 '
-        f'bytes): {shorten(empty)}. Fetch them again, or {remove}',
-        bad
-        and f'{len(bad)} of {len(sample)} decoded images in {folder} are unusable: '
-        f'{"; ".join(bad[:5])}. Fetch them again, or {remove}',
-    ]
-    return [f'{dataset.where}: {text}' for text in found if text], [
+    found = []
+    if missing:
+        found.append(
+            f'{len(missing)} of {len(images)} images listed in {dataset.ann_file} are '
+            f'not in {folder}: {shorten(missing)}. Fetch them, or {remove}'
+        )
+    if empty:
+        found.append(
+            f'{len(empty)} of {len(images)} images in {folder} are empty files (0 '
+            f'bytes): {shorten(empty)}. Fetch them again, or {remove}'
+        )
+    if bad:
+        found.append(
+            f'{len(bad)} of {len(sample)} decoded images in {folder} are unusable: '
+            f'{"; ".join(bad[:5])}. Fetch them again, or {remove}'
+        )
+    return [f'{dataset.where}: {text}' for text in found], [
         f'{count} of {len(sample)} decoded images {kind}'
         for kind, count in sorted(kinds.items())
     ]

@@ -176,12 +176,14 @@ def _check_lost(
 def _check_unused(dataset: SegDataset, pairs: list[Pair]) -> Iterator[str]:
     """Label images that no image belongs to, where the folders are the list."""
     source = dataset.source
+    if source.ann_file:
+        return
     folder = source.data_prefix['seg_map_path']
     used = {osp.abspath(label) for _, label in pairs}
     labels = scandir(folder, source.seg_map_suffix, recursive=True)
     paths = (osp.join(folder, name) for name in labels)
     unused = sorted(path for path in paths if osp.abspath(path) not in used)
-    if unused and not source.ann_file:
+    if unused:
         yield (
             f'{len(unused)} label images have no image that ends in '
             f'{source.img_suffix} and would not be used: {shorten(unused)}. Add the '
