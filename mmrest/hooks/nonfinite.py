@@ -81,7 +81,9 @@ class CheckNonFiniteHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: Any = None
     ) -> None:
         """Keep the batch, whose samples know their images, and the random state."""
-        self._batch, self._states = data_batch, _random_states()
+        self._batch, self._states = data_batch, [torch.get_rng_state()]
+        if torch.cuda.is_available():
+            self._states.append(torch.cuda.get_rng_state())
 
     def after_train_iter(
         self,
@@ -328,10 +330,3 @@ def _first_count(value: Any) -> Optional[str]:
     if not nans and not infs:
         return None
     return f'{nans} NaN and {infs} infinite values of {value.numel()}'
-
-
-def _random_states() -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    if torch.cuda.is_available():
-        states.append(torch.cuda.get_rng_state())
-    return states

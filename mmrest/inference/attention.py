@@ -22,30 +22,22 @@ from .inferencer import InferenceError, Inferencer
 
 
 class StageAttention(NamedTuple):
-    """What a point attends to in one stage.
+    """What a point attends to in one stage."""
 
-    Attributes:
-        stage (int): 1 to 4.
-        size (tuple[int, int]): Height and width of the stage's map.
-        cell (tuple[int, int]): Row and column of the point in it.
-        key_stride (int): Pixels of the input from one key to the next.
-        rows (ndarray): Of shape (h, H_k, W_k): for each head how much of its attention
-            the point pays to each key; the sum is 1.
-        gains (ndarray | None): Of shape (h,), the number r of the InstanceNorm; 0
-            where the row is uniform; None where the attention has no norm.
-        gates (ndarray | None): Of shape (H, W), the sigmoid of the pixel attention,
-            averaged over the channels; None for another positional encoding.
-        features (ndarray): Of shape (H, W), the Euclidean norm of each token that the
-            stage gives out.
-    """
-
-    stage: int
-    size: Size
-    cell: tuple[int, int]
-    key_stride: int
+    stage: int  # 1 to 4
+    size: Size  # height and width of the stage's map
+    cell: tuple[int, int]  # row and column of the point in it
+    key_stride: int  # pixels of the input from one key to the next
+    # of shape (h, H_k, W_k): for each head how much of its attention the point pays
+    # to each key; the sum is 1
     rows: np.ndarray
+    # of shape (h,), the number r of the InstanceNorm; 0 where the row is uniform;
+    # None where the attention has no norm
     gains: Optional[np.ndarray]
+    # of shape (H, W), the sigmoid of the pixel attention, averaged over the channels;
+    # None for another positional encoding
     gates: Optional[np.ndarray]
+    # of shape (H, W), the Euclidean norm of each token that the stage gives out
     features: np.ndarray
 
     def normalised(self) -> np.ndarray:
@@ -57,17 +49,11 @@ class StageAttention(NamedTuple):
 
 
 class PointAttention(NamedTuple):
-    """What a point of an image attends to.
+    """What a point of an image attends to."""
 
-    Attributes:
-        view (ndarray): What the network sees of the image, of shape (H, W, 3), BGR.
-        point (tuple[int, int]): The point in it, x and y.
-        stages (list[StageAttention]): From the first stage to the last.
-    """
-
-    view: np.ndarray
-    point: tuple[int, int]
-    stages: list[StageAttention]
+    view: np.ndarray  # what the network sees of the image, of shape (H, W, 3), BGR
+    point: tuple[int, int]  # the point in it, x and y
+    stages: list[StageAttention]  # from the first stage to the last
 
 
 def attend(
