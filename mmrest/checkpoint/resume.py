@@ -103,7 +103,8 @@ def find_latest(work_dir: str) -> Optional[Latest]:
             folders.add(os.path.dirname(named))
         numbered = re.fullmatch(r'(.*?)\d+(\D*)', os.path.basename(named))
         if numbered:
-            templates.insert(0, '{}'.join(numbered.groups()))
+            own = '{}'.join(numbered.groups())
+            templates = list(dict.fromkeys([own, *NAMES]))
     found = [_newest_whole(folders, name, damaged) for name in templates]
     whole = [latest for latest in found if latest is not None]
     if whole:
