@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked_tools import Forked
 from hypothesis import settings
 from mmengine.config import Config
 from mmengine.registry import DefaultScope, init_default_scope
@@ -135,6 +136,35 @@ def run(repo):
 def call(repo):
     """Run a tool within this process; the output of both streams comes back."""
     return functools.partial(call_tool, repo)
+
+
+@pytest.fixture
+def fork(repo, tmp_path):
+    """Start a tool as :class:`Forked`; what still runs at the end is ended."""
+
+    started = []
+
+    def start_tool(*args, **kwargs):
+        started.append(Forked(repo, tmp_path, *args, **kwargs))
+        return started[-1]
+
+    yield start_tool
+    for one in started:
+        if one.process.poll() is None:
+            one.process.kill()
+
+
+@pytest.fixture
+def finish(fork):
+    """Run a tool as :class:`Forked`; its output comes back."""
+
+    def run_tool(*args, fails=False, **kwargs):
+        run = fork(*args, **kwargs)
+        status = run.end(600)
+        assert bool(status) is fails, run.output[-6000:]
+        return run.output
+
+    return run_tool
 
 
 @pytest.fixture(scope='session')

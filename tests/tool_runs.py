@@ -73,7 +73,7 @@ class Started:
     """
 
     def __init__(self, repo, folder, tool, *args, **variables):
-        self._path = folder / f'output{len(list(folder.glob("output*")))}'
+        self._path = self.new_path(folder)
         environment = environment_of(repo)
         environment['PYTHONPATH'] += f'{os.pathsep}{folder}'
         with open(self._path, 'w') as file:
@@ -84,6 +84,10 @@ class Started:
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )
+
+    @staticmethod
+    def new_path(folder):
+        return folder / f'output{len(list(folder.glob("output*")))}'
 
     @property
     def output(self):

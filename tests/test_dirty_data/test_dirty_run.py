@@ -99,7 +99,7 @@ def test_a_run_over_all_of_it(sandbox, call, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', ['small-copy', 'cut-jpeg', 'missing'])
-def test_a_run_stops_with_the_name(sandbox, run, tmp_path, kind):
+def test_a_run_stops_with_the_name(sandbox, finish, kind):
     """Past the check before the run, in a worker process of the loader."""
     name, content = REFUSED[kind]
     sandbox.train.add_object(sandbox.train.add_image(name, content()))
@@ -108,6 +108,6 @@ def test_a_run_stops_with_the_name(sandbox, run, tmp_path, kind):
         cfg.train_dataloader.num_workers = 1
 
     path = dump(sandbox, two_processes)
-    output = run('train.py', path, '--no-preflight', cwd=tmp_path, fails=True)
+    output = finish('train.py', path, '--no-preflight', fails=True)
     assert re.search(rf'Error: .*{re.escape(name)}', output)
     assert name in output.strip().splitlines()[-1]

@@ -34,25 +34,18 @@ def test_it_builds_and_fits_the_photographs(repo, shared):
 
 @pytest.mark.slow
 def test_the_first_steps_of_the_trial_learn_the_scenes(
-    run, repo, data_options, tmp_path
+    finish, repo, data_options, tmp_path
 ):
     """All of one class gives an mIoU of 2.7, 20 iterations 5, and 80 of them 16."""
     options = ['--work-dir', tmp_path / 'run', '--cfg-options', *data_options]
-    schedule = ['train_cfg.max_iters=80', 'train_cfg.val_interval=80']
-    trained = run('train.py', repo / CONFIG, *options, *schedule, cwd=tmp_path)
+    schedule = ['train_cfg.max_iters=60', 'train_cfg.val_interval=60']
+    trained = finish('train.py', repo / CONFIG, *options, *schedule)
     miou = float(re.findall(r'mIoU: ([\d.]+)', trained)[-1])
-    assert miou > 12
+    assert miou > 8
 
-    checkpoint = tmp_path / 'run' / 'iter_80.pth'
-    tested = run(
-        'test.py',
-        repo / CONFIG,
-        checkpoint,
-        '--show-dir',
-        'pictures',
-        *options,
-        cwd=tmp_path,
-    )
+    checkpoint = tmp_path / 'run' / 'iter_60.pth'
+    show = ['--show-dir', 'pictures']
+    tested = finish('test.py', repo / CONFIG, checkpoint, *show, *options)
     assert float(re.findall(r'mIoU: ([\d.]+)', tested)[-1]) == pytest.approx(miou)
     pictures = list((tmp_path / 'run').glob('*/pictures/*.png'))
     assert len(pictures) == 21

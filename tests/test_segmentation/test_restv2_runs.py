@@ -36,7 +36,7 @@ default_hooks = dict(checkpoint=dict(interval=1), logger=dict(interval=1))
 """
 
 
-def test_train_resume_and_test(run, call, shared, tmp_path):
+def test_train_resume_and_test(finish, shared, tmp_path):
     state = fill(ResTV2(ARCH, out_indices=(3,), out_norm='final').state_dict())
     head = {'head.weight': torch.ones(1000, 256), 'head.bias': torch.ones(1000)}
     checkpoint = tmp_path / 'restv2.pth'
@@ -47,14 +47,14 @@ def test_train_resume_and_test(run, call, shared, tmp_path):
 
     work_dir = ['--work-dir', tmp_path / 'run']
     end = ['--cfg-options', 'train_cfg.max_iters=1']
-    output = call('train.py', config, *work_dir, *end, cwd=tmp_path)
+    output = finish('train.py', config, *work_dir, *end)
     assert f'Loaded {len(state) - 2} tensors' in output  # without the final norm
     end = ['--resume', '--cfg-options', 'train_cfg.max_iters=2']
-    output = run('dist_train.sh', config, 2, *work_dir, *end, cwd=tmp_path)
+    output = finish('train.py', config, *work_dir, *end, ranks=2)
     assert 'Iter(train) [2/2]' in output
     saved = tmp_path / 'run' / 'iter_2.pth'
     rows = []
-    for start, tool, count in ((call, 'test.py', []), (run, 'dist_test.sh', [2])):
-        output = start(tool, config, saved, *count, cwd=tmp_path)
+    for ranks in (1, 2):
+        output = finish('test.py', config, saved, ranks=ranks)
         rows.append([line for line in output.splitlines() if line.startswith('|')])
     assert rows[0] and rows[0] == rows[1]

@@ -26,13 +26,12 @@ def test_trains_saves_and_evaluates_from_another_folder(trained):
 
 
 @pytest.mark.slow
-def test_resume_on_two_processes_without_gpus(run, config, trained, tmp_path):
+def test_resume_on_two_processes_without_gpus(finish, config, trained, tmp_path):
     """The config has SyncBN, which no CPU has."""
     folder, _ = trained
-    output = run(
-        'dist_train.sh',
+    output = finish(
+        'train.py',
         config,
-        2,
         '--work-dir',
         tmp_path / 'run',
         '--resume',
@@ -40,7 +39,7 @@ def test_resume_on_two_processes_without_gpus(run, config, trained, tmp_path):
         '--auto-scale-lr',
         '--cfg-options',
         'train_cfg.max_iters=3',
-        cwd=tmp_path,
+        ranks=2,
     )
     assert iterations(output) == [3]
     assert 'SyncBN needs GPUs' in output and 'current batch size is 4' in output

@@ -74,23 +74,24 @@ def assert_ended_well(folder, status, output, free):
 
 
 @pytest.mark.slow
-def test_file_larger_than_allowed(train, tmp_path):
+def test_file_larger_than_allowed(train, finish, config, tmp_path):
     folder = tmp_path / 'run'
-    status, output = train(folder, 'train_cfg.max_iters=2')
-    assert status == 0, output[-4000:]
+    command = ['train.py', config, '--work-dir', folder, '--resume', '--cfg-options']
+    command += [*NO_VAL, *SAVED]
+    finish(*command, 'train_cfg.max_iters=2')
     size = (folder / 'iter_2.pth').stat().st_size
     status, output = train(folder, limit=size // 2, flags=['--resume'])
     assert_ended_well(folder, status, output, 'File too large')
-    status, output = train(folder, 'train_cfg.max_iters=4', flags=['--resume'])
-    assert status == 0 and iterations(output) == [3, 4]
+    assert iterations(finish(*command, 'train_cfg.max_iters=4')) == [3, 4]
 
 
 @pytest.mark.slow
-def test_full_disk(train, trained, mount):
+def test_full_disk(fork, config, trained, mount):
     size = (trained[0] / 'iter_2.pth').stat().st_size
     folder = mount(f'size={int(1.6 * size)}') / 'run'
-    status, output = train(folder)
-    assert_ended_well(folder, status, output, 'No space left on device')
+    options = ['--work-dir', folder, '--cfg-options', *NO_VAL, *SAVED]
+    run = fork('train.py', config, *options)
+    assert_ended_well(folder, run.end(), run.output, 'No space left on device')
 
 
 def test_folder_that_cannot_be_written_is_told_first(call, config, mount, tmp_path):
@@ -102,11 +103,11 @@ def test_folder_that_cannot_be_written_is_told_first(call, config, mount, tmp_pa
     assert 'Iter(train)' not in output
 
 
-@pytest.mark.slow
-def test_full_folder_is_told_first(train, mount):
+def test_full_folder_is_told_first(call, config, mount, tmp_path):
     folder = mount('size=8k')
-    status, output = train(folder)
-    assert status == 1 and 'Traceback' not in output, output[-4000:]
+    work_dir = ['--work-dir', folder]
+    output = call('train.py', config, *work_dir, cwd=tmp_path, fails=True)
+    assert 'Traceback' not in output, output[-4000:]
     assert f'nothing can be written in {folder}: No space left on device' in output
 
 

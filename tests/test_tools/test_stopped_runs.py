@@ -25,12 +25,11 @@ def latest(folder):
         ('dist_train.sh', 'SIGUSR1'),
     ],
 )
-def test_signal_saves_and_asks_for_more(start, config, tmp_path, tool, name):
+def test_signal_saves_and_asks_for_more(start, fork, config, tmp_path, tool, name):
     folder = tmp_path / 'run'
+    options = ['--work-dir', folder, '--resume', '--cfg-options', *NO_VAL, *OPTIONS]
     count = [2] if tool == 'dist_train.sh' else []
-    command = [tool, config, *count, '--work-dir', folder, '--resume']
-    options = ['--cfg-options', *NO_VAL, *OPTIONS]
-    run = start(*command, *options)
+    run = start(tool, config, *count, *options)
     run.wait_for(r'Iter\(train\)')
     run.process.send_signal(getattr(signal, name))
     assert run.end() == 75, run.output[-4000:]
@@ -43,17 +42,18 @@ def test_signal_saves_and_asks_for_more(start, config, tmp_path, tool, name):
         if name == 'SIGUSR1':  # resumed as after SIGTERM
             return
 
-    again = start(*command, *options, f'train_cfg.max_iters={done + 2}')
+    options.append(f'train_cfg.max_iters={done + 2}')
+    again = fork('train.py', config, *options, ranks=1 + len(count))
     assert again.end() == 0, again.output[-4000:]
     assert iterations(again.output)[-2:] == [done + 1, done + 2]
 
 
-def test_signal_before_the_training_asks_for_more(start, config, tmp_path):
+def test_signal_before_the_training_asks_for_more(fork, config, tmp_path):
     """There is nothing to save."""
     pipe = tmp_path / 'load_from'
     os.mkfifo(pipe)  # reading it waits for a writer
     options = ['--no-preflight', '--cfg-options', f'load_from={pipe}', *NO_VAL]
-    run = start('train.py', config, *options)
+    run = fork('train.py', config, *options)
     end = time.monotonic() + 240
     while True:  # opening succeeds as soon as the tool reads
         try:

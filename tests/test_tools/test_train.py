@@ -111,13 +111,13 @@ def test_explosion_ends_with_its_reason(call, config, tmp_path):
 
 
 @pytest.mark.slow
-def test_undecodable_image_is_named_in_training(run, config, dataset, tmp_path):
+def test_undecodable_image_is_named_in_training(finish, config, dataset):
     """As when the check before the run did not decode that very image."""
     for path in (dataset / 'images').glob('train_*.jpg'):
         path.write_bytes(b'<html>')
     options = ['--cfg-options', f'train_dataloader.dataset.data_root={dataset}']
     options += ['preflight.decode=0']
-    output = run('train.py', config, *options, cwd=tmp_path, fails=True)
+    output = finish('train.py', config, *options, fails=True)
     assert re.search(r'train_\d\.jpg', output.splitlines()[-1])
 
 
