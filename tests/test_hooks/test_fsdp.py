@@ -59,16 +59,14 @@ def test_every_block_is_a_unit(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    'clip', [dict(max_norm=0.01), dict(max_norm=0.01, norm_type=1), None]
-)
-def test_clips_by_the_norm_of_the_whole_gradient(tmp_path, clip):
+@pytest.mark.parametrize('norm_type', [2, 1])
+def test_clips_by_the_norm_of_the_whole_gradient(tmp_path, norm_type):
     """As DistributedDataParallel does; with SGD and a rate of 1 steps are gradients."""
     options = dict(
         data=Images(size=32),
         iters=2,
         optimizer=dict(type='SGD', lr=1.0),
-        optim_wrapper=dict(clip_grad=clip),
+        optim_wrapper=dict(clip_grad=dict(max_norm=0.01, norm_type=norm_type)),
         param_scheduler=None,
         batch_size=1,
         launcher='pytorch',
@@ -95,8 +93,6 @@ def test_clips_by_the_norm_of_the_whole_gradient(tmp_path, clip):
         read_checkpoint(tmp_path / kind['type'] / 'iter_2.pth')['state_dict']
         for kind in (fsdp, ddp)
     )
-    torch.manual_seed(0)
-    start = Regressor().state_dict()
     # DDPStrategy saves the names of the wrapped model
     theirs = {name.removeprefix('module.'): value for name, value in theirs.items()}
     assert ours.keys() == theirs.keys()

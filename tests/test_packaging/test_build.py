@@ -103,7 +103,7 @@ def test_wheel_from_sdist_is_the_same(build, wheel, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('hook', ['build_wheel', 'build_editable'])
 def test_configs_can_be_inherited_wherever_mmrest_is_installed(
-    hook, build, scratch, tmp_path
+    hook, build, wheel, scratch, tmp_path
 ):
     project = tmp_path / 'project'
     project.mkdir()
@@ -111,7 +111,8 @@ def test_configs_can_be_inherited_wherever_mmrest_is_installed(
         "_base_ = 'mmrest::mask_rcnn/rest_base_fpn_1x.py'\nwork_dir = 'mine'\n"
     )
     before = set(scratch.site.rglob('*'))
-    scratch.pip('install', '--no-deps', '--no-index', str(build(hook)))
+    built = wheel if hook == 'build_wheel' else build(hook)
+    scratch.pip('install', '--no-deps', '--no-index', str(built))
     result = scratch.run('-W', 'ignore', '-c', READ, cwd=project)
     named = ['MaskRCNN', 'RetinaNet'] if hook == 'build_wheel' else []
     printed = ['ResT', 'base', 'mine', 'RetinaNet', 'ImageClassifier', *named]
