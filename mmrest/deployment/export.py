@@ -272,6 +272,11 @@ def write(
     if path.suffix == '.onnx':
         path.write_bytes(content)
         return
+    write_openvino(content, path, text)
+
+
+def write_openvino(content: bytes, path: Path, text: str) -> None:
+    """Write the content of an ONNX file as an ``.xml`` file, with its metadata."""
     import openvino
 
     model = openvino.Core().read_model(content, b'')

@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
-from .export import KEY
+from .export import KEY, write_openvino
 from .verification import Arrays
 
 # Attention maps, norms, anchors, NMS, RoIAlign and the pasting of masks stay in float.
@@ -44,12 +44,8 @@ def quantize(source: Path, target: Path, inputs: Iterable[Arrays]) -> None:
         extra_options=dict(MatMulConstBOnly=True),
     )
     if target.suffix == '.xml':
-        import openvino
-
-        model = openvino.Core().read_model(quantized)
-        metadata = onnx.load(quantized).metadata_props
-        model.set_rt_info(next(p.value for p in metadata if p.key == KEY), KEY)
-        openvino.save_model(model, target, compress_to_fp16=False)
+        metadata = {p.key: p.value for p in onnx.load(quantized).metadata_props}
+        write_openvino(quantized.read_bytes(), target, metadata[KEY])
         quantized.unlink()
 
 
