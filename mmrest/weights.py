@@ -235,7 +235,7 @@ def _sources(name: str, origin: Optional[str], start: Optional[str]) -> list[Sou
 
 
 def _fetch_from(source: Source, path: Path, name: str) -> None:
-    gdown, page, broken = _import_gdown()
+    gdown, errors = _import_gdown()
     folder = path.parent / _UNFINISHED
     file = folder / f'{name}-{Path(source.origin).stem}{source.suffix}'
     with _one_at_a_time(path.parent):
@@ -243,7 +243,7 @@ def _fetch_from(source: Source, path: Path, name: str) -> None:
             check(path, name)
             return
         try:
-            _download(source, file, name, gdown, page, broken)
+            _download(source, file, name, gdown, errors)
             try:
                 _check_bytes(file, source)
                 tensors = check(file, name)
@@ -257,15 +257,12 @@ def _fetch_from(source: Source, path: Path, name: str) -> None:
                 folder.rmdir()
 
 
-def _import_gdown() -> tuple[Any, type[Exception], type[Exception]]:
-    """The package, its error for a page instead of the file, and that for a break."""
+def _import_gdown() -> tuple[Any, Any]:
+    """The package, and the module of its errors."""
     try:
         errors: Any = import_module('gdown.exceptions')
-        return (
-            import_module('gdown'),
-            errors.FileURLRetrievalError,
-            errors.DownloadError,
-        )
+        _ = errors.FileURLRetrievalError, errors.DownloadError  # since 6.5
+        return import_module('gdown'), errors
     except (ImportError, AttributeError) as error:
         raise WeightsError(
             'downloading needs the package gdown, 6.5 or later, and Python 3.10 or '
@@ -291,14 +288,7 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _download(
-    source: Source,
-    file: Path,
-    name: str,
-    gdown: Any,
-    page: type[Exception],
-    broken: type[Exception],
-) -> None:
+def _download(source: Source, file: Path, name: str, gdown: Any, errors: Any) -> None:
     try:
         file.parent.mkdir(exist_ok=True)
         url = source.drive_id
@@ -310,16 +300,16 @@ def _download(
                     url, str(file), resume=True, timeout=_TIMEOUT, use_cookies=False
                 )
                 break
-            except page:
+            except errors.FileURLRetrievalError:
                 raise
-            except broken as error:
+            except errors.DownloadError as error:
                 if 'byte range' in str(error):  # the source cannot continue
                     for part in file.parent.glob(f'{file.name}*.part'):
                         part.unlink()
                 if attempt == _ATTEMPTS - 1:
                     raise
     except Exception as error:  # of requests, or of a page that gdown does not know
-        raise WeightsError(_reason(error, file)) from error
+        raise WeightsError(_reason(error, file, errors)) from error
 
 
 def _find_in_folder(gdown: Any, source: Source, name: str) -> str:
@@ -342,16 +332,15 @@ def _find_in_folder(gdown: Any, source: Source, name: str) -> str:
     raise WeightsError(f'it holds no {name}{source.suffix}, but {paths}')
 
 
-def _reason(error: Exception, file: Path) -> str:
+def _reason(error: Exception, file: Path, errors: Any) -> str:
     """Say in short why a download failed."""
     requests: Any = import_module('requests')
-    gdown: Any = import_module('gdown.exceptions')
-    if isinstance(error, gdown.FileURLRetrievalError):
+    if isinstance(error, errors.FileURLRetrievalError):
         return (
             'it answered with a page instead of the file, as for a file that is gone, '
             'or one that too many have downloaded today'
         )
-    if isinstance(error, gdown.DownloadError):
+    if isinstance(error, errors.DownloadError):
         return f'{" ".join(str(error).split()).partition(". ")[0]}. {_KEPT}'
     if isinstance(error, (requests.ConnectionError, requests.Timeout)):
         return f'the connection to {urlsplit(error.request.url).hostname} failed'
