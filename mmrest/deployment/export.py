@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Optional
@@ -63,11 +63,15 @@ def check_format(path: Path, verify: bool = True) -> None:
             f'exporting needs torch {OLDEST_TORCH} or later, found {torch.__version__}'
         )
     writing, running = FORMATS[path.suffix]
-    missing = [p for p in (*writing, *running * verify) if find_spec(p) is None]
+    check_packages((*writing, *running * verify), path.suffix)
+
+
+def check_packages(names: Iterable[str], what: str) -> None:
+    """Raise an ``ExportError`` if a package is missing that something needs."""
+    missing = [name for name in names if find_spec(name) is None]
     if missing:
         raise ExportError(
-            f'{path.suffix} needs {", ".join(missing)}. Run '
-            "pip install 'mmrest[deploy]'."
+            f"{what} needs {', '.join(missing)}. Run pip install 'mmrest[deploy]'."
         )
 
 

@@ -1,5 +1,6 @@
-"""Lists in messages, and generated sections of Markdown files."""
+"""Lists in messages, sizes in options, and generated sections of Markdown files."""
 
+import argparse
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Union
@@ -34,3 +35,18 @@ def replace_section(file: Union[str, Path], name: str, content: str) -> None:
     """Rewrite a file with another content of a section, as above."""
     head, tail = split_at_section(file, name)
     Path(file).write_text(f'{head}{content}\n{tail}', encoding='utf-8')
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Read height and width in pixels from ``HxW``, an option of a command line.
+
+    Raises:
+        ArgumentTypeError: If they are none.
+    """
+    height, cross, width = text.partition('x')
+    numbers = cross and height.isdecimal() and width.isdecimal()
+    if not numbers or not int(height) or not int(width):
+        raise argparse.ArgumentTypeError(
+            f'a size is HxW, as 800x1333, both above 0; found {text!r}'
+        )
+    return int(height), int(width)

@@ -25,17 +25,11 @@ from benchmark_subjects import Shape, Subject, list_subjects
 from benchmark_worker import Settings, SubjectFailed, Worker
 
 from mmrest.models import rest, restv2
+from mmrest.utils.text import parse_size
 
 ARCHS = (*rest.ARCHS, *(f'v2-{arch}' for arch in restv2.ARCHS))
 DTYPES = ('float32', 'bfloat16', 'float16')
 SWEEP = ('320x320', '480x640', '640x1024', '800x1344', '1120x1792', '1600x2560')
-
-
-def _shape(text: str) -> Shape:
-    height, cross, width = text.partition('x')
-    if not (cross and height.isdecimal() and width.isdecimal()):
-        raise argparse.ArgumentTypeError(f'a size is HxW, as 800x1344, found {text!r}')
-    return _positive(height), _positive(width)
 
 
 def _positive(text: str) -> int:
@@ -67,7 +61,7 @@ def parse_args() -> argparse.Namespace:
     add(
         '--sweep',
         nargs='*',
-        type=_shape,
+        type=parse_size,
         metavar='HxW',
         help='sizes instead of --shape; a model that fails at one is not tried at '
         f'the next [{" ".join(SWEEP)}]',
@@ -76,7 +70,7 @@ def parse_args() -> argparse.Namespace:
     add('--plot', type=Path, metavar='DIR', help='draw the sweep into a folder')
     args = parser.parse_args()
     if args.sweep == []:
-        args.sweep = [_shape(text) for text in SWEEP]
+        args.sweep = [parse_size(text) for text in SWEEP]
     if args.with_cp and not args.train:
         parser.error('--with-cp saves memory in training only: add --train')
     if args.plot and not args.sweep:

@@ -45,13 +45,16 @@ PAUSE = 0.3  # seconds in which the threads of the other process fall asleep
 
 
 def parse_args() -> argparse.Namespace:
+    # only here and in main: other processes import this file, and some need no torch
+    from mmrest.utils.text import parse_size
+
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add('configs', nargs='+', help='configs of detectors')
     add(
         '--shapes',
         nargs='+',
-        type=shape,
+        type=parse_size,
         default=[(320, 416), (800, 1333)],
         metavar='HxW',
         help='[320x416 800x1333]',
@@ -65,13 +68,6 @@ def parse_args() -> argparse.Namespace:
         help='folder of the files [work_dirs/benchmark_exported]',
     )
     return parser.parse_args()
-
-
-def shape(text: str) -> tuple[int, int]:
-    height, cross, width = text.partition('x')
-    if not (cross and height.isdecimal() and width.isdecimal()):
-        raise argparse.ArgumentTypeError(f'a size is HxW, as 800x1333, found {text!r}')
-    return int(height), int(width)
 
 
 # ------------------------------------------------- in processes of their own
@@ -245,7 +241,6 @@ def measure(config: str, stem: str, args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse_args()
-    # only here: the other processes import this file, and some need no torch
     from mmrest import launch
     from mmrest.utils.config_types import find_toolbox
 

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 from PIL import Image
@@ -47,6 +46,8 @@ def main() -> None:
 
 
 def quantize(args: argparse.Namespace) -> None:
+    from mmrest.deployment.export import check_packages, staged
+
     source, target = Path(args.file), Path(args.out)
     if source.suffix != '.onnx' or target.suffix not in ('.onnx', '.xml'):
         raise ExportError(
@@ -54,14 +55,9 @@ def quantize(args: argparse.Namespace) -> None:
             f'{source.name!r} and {target.name!r}'
         )
     needed = ('onnx', 'onnxruntime', *['openvino'] * (target.suffix == '.xml'))
-    missing = [name for name in needed if find_spec(name) is None]
-    if missing:
-        raise ExportError(
-            f"{', '.join(missing)} is missing. Run pip install 'mmrest[deploy]'."
-        )
+    check_packages(needed, 'a file of 8 bits')
     if target.exists() and not args.force:
         raise ExportError(f'{target} exists; give --force to replace it')
-    from mmrest.deployment.export import staged
     from mmrest.deployment.quantization import describe_differences
     from mmrest.deployment.quantization import quantize as to_8_bits
 
