@@ -129,8 +129,7 @@ class _Classifier(rest.BaseResT):
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt must be 'NCHW', found {output_fmt!r}")
         wanted, last = feature_take_indices(self.num_stages, indices)
-        self.check_image(x)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.take_image(x)
         maps = []
         for i in range(last + 1 if stop_early else self.num_stages):
             x = self.enter(i, x)

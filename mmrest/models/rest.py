@@ -31,7 +31,7 @@ from ..ops import (
     gelu_mlp,
     head_interaction_attention,
 )
-from ..ops.fast_path import is_plain, is_watched
+from ..ops.fast_path import is_plain, is_transformed, is_watched
 from .utils import (
     NUM_STAGES,
     PartCfg,
@@ -355,13 +355,20 @@ class BaseResT(BaseModule):
         """The blocks of stage i + 1."""
         return getattr(self, f'stage{i + 1}')
 
-    def check_image(self, x: Tensor) -> None:
-        """Raise a ValueError unless x has shape (B, in_channels, H, W)."""
+    def take_image(self, x: Tensor) -> Tensor:
+        """Return x in channels_last order.
+
+        Raises:
+            ValueError: Unless it has shape (B, in_channels, H, W).
+        """
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(
                 f'{type(self).__name__} takes images of shape '
                 f'(B, {self.in_channels}, H, W), found {tuple(x.shape)}'
             )
+        if is_transformed():
+            return x  # vmap knows no memory formats
+        return x.contiguous(memory_format=torch.channels_last)
 
     def enter(self, i: int, x: Tensor) -> Tensor:
         """Call the entry of stage i + 1, recomputed in the backward pass if asked."""
@@ -372,11 +379,16 @@ class BaseResT(BaseModule):
         """Set the mode; frozen parts and ``norm_eval`` norms stay as they are."""
         super().train(mode)
         self.freeze_stages()
+        match_gradient_strides(self)  # load_state_dict(assign=True) sets new ones
         if mode and self.norm_eval:
             for module in self.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        match_gradient_strides(self)  # a copy or a pickle has none of the hooks
 
     def freeze_stages(self) -> None:
         """Freeze what ``frozen_stages`` asks for."""
@@ -675,8 +687,7 @@ class ResT(BaseResT):
             tuple[Tensor, ...]: For each of ``out_indices`` a map of shape
             (B, C_i, ceil(H / 4 / 2**i), ceil(W / 4 / 2**i)), contiguous.
         """
-        self.check_image(x)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.take_image(x)
         outs = []
         for i in range(self.num_stages):
             # B, C, H, W -> B, C_i, H_i, W_i

@@ -330,8 +330,7 @@ class ResTV2(BaseResT):
             tuple[Tensor, ...]: For each of ``out_indices`` a map of shape
             (B, C_i, ceil(H / 4 / 2**i), ceil(W / 4 / 2**i)), contiguous.
         """
-        self.check_image(x)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.take_image(x)
         outs = []
         for i in range(self.num_stages):
             # B, C, H, W -> B, C_i, H_i, W_i

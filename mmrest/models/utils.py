@@ -84,10 +84,17 @@ def match_gradient_strides(module: nn.Module) -> None:
 
     A dimension of size 1 may have any stride, and those of the gradients of depthwise
     and 1x1 convolutions depend on device and type. DistributedDataParallel copies a
-    gradient with other strides than its parameter's, and warns.
+    gradient with other strides than its parameter's, and warns. May be called again,
+    for parameters that are new.
     """
     for parameter in module.parameters():
-        if parameter.dim() == 4 and 1 in parameter.shape:
+        hooks = (parameter._backward_hooks or {}).values()
+        if (
+            parameter.requires_grad
+            and parameter.dim() == 4
+            and 1 in parameter.shape
+            and not any(getattr(h, 'func', None) is _with_strides_of for h in hooks)
+        ):
             parameter.register_hook(partial(_with_strides_of, ref(parameter)))
 
 

@@ -66,8 +66,6 @@ def _chunk_rows(x: Tensor, weight1: Tensor) -> int:
 class _ChunkedMlp(torch.autograd.Function):
     """``linear(gelu(linear(x)))``; the backward pass needs ``x`` and the weights."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(
         x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
@@ -123,6 +121,6 @@ def _chunks(length: int, rows: int) -> Iterator[slice]:
 def _add(
     total: Optional[tuple[Tensor, ...]], parts: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
-    """``total + parts`` in float32 or better, in new tensors: vmap may follow."""
+    """``total + parts`` in float32 or better."""
     wide = tuple(p if p.dtype == torch.float64 else p.float() for p in parts)
     return wide if total is None else tuple(t + w for t, w in zip(total, wide))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.utils._device import DeviceContext
 
@@ -58,12 +59,14 @@ def is_watched(x: Tensor) -> bool:
     """Whether something would see every layer that is called with ``x``.
 
     That is a hook on all modules, a function mode or dispatch mode (FLOP counters, fake
-    tensors), a subclass of Tensor, the meta device (where nothing is to be saved), or a
-    recording of the code by a compiler or exporter, which finds its own plan.
+    tensors), a subclass of Tensor, the meta device (where nothing is to be saved), a
+    transform of ``torch.func``, or a recording of the code by a compiler or exporter,
+    which finds its own plan.
     """
     return (
         is_exporting()
         or torch.compiler.is_compiling()
+        or is_transformed()
         or type(x) not in (Tensor, nn.Parameter)
         or x.is_meta
         or any(getattr(torch_module, f'_global{name}') for name in _HOOKS)
@@ -81,10 +84,13 @@ def is_exporting() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of ``torch.func`` (``grad``, ``vmap``, ...) is at work."""
+    """Whether ``torch.func`` (``grad``, ``vmap``, ...) or forward-mode AD is at work."""
     if torch.compiler.is_compiling():
-        return False  # Dynamo has answers of its own to the question below
-    return torch._C._functorch.peek_interpreter_stack() is not None
+        return False  # Dynamo has answers of its own to the questions below
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def _is_mode_active() -> bool:

@@ -122,11 +122,12 @@ def attention(
     """Plain attention, what EMSA with a single head is.
 
     Arguments as in :func:`head_interaction_attention`. Every ``attn_impl`` but
-    ``'dense'`` is PyTorch's fused attention.
+    ``'dense'`` is PyTorch's fused attention, and ``'auto'`` is ``'dense'`` under the
+    transforms of ``torch.func``: the fused one has no forward derivatives on a CPU.
     """
     check_attn_impl(attn_impl)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if attn_impl == 'dense':
+    if attn_impl == 'dense' or (attn_impl == 'auto' and is_transformed()):
         return dense_attention(q, k, v, scale, dropout_p)
     batch, parts = q.shape[0], _row_parts(q)
     if parts > 1:

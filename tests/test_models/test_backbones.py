@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmengine.registry import MODELS
 from torch import nn
+from torch.autograd import forward_ad
 from weights_rule import fill, image
 
 from mmrest import ResT, ResTV2
@@ -421,9 +422,45 @@ def test_gradients_have_the_strides_of_their_parameters(
     """DistributedDataParallel copies others, and warns of it."""
     model = tiny(kind, attn_impl=attn_impl).to(dtype)
     model.to(memory_format=getattr(torch, memory_format))
-    sum(out.sum() for out in model(image((2, 3, 64, 64)).to(dtype))).backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad.stride() == parameter.stride(), name
+    assigned = copy.deepcopy(model)
+    assigned.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    for model in (model, copy.deepcopy(model), assigned.train()):
+        sum(out.sum() for out in model(image((2, 3, 64, 64)).to(dtype))).backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad.stride() == parameter.stride(), name
+
+
+@BOTH
+def test_transforms_of_torch_func(kind):
+    """As those of mmdet's backbones: gradients of each image, derivatives forward."""
+    model = tiny(kind, out_indices=(1, 3)).double().eval()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    x, step = image((2, 3, 32, 48)).double(), image((2, 3, 32, 48), 5).double()
+
+    def loss(parameters, x):
+        outs = torch.func.functional_call(model, parameters, (x,))
+        return sum((out * image(out.shape, 9)).sum() for out in outs)
+
+    expected = [torch.func.grad(loss)(parameters, one[None]) for one in x]
+    of_images = torch.func.vmap(
+        torch.func.grad(lambda p, one: loss(p, one[None])), in_dims=(None, 0)
+    )(parameters, x)
+    for name, found in of_images.items():
+        wanted = torch.stack([grads[name] for grads in expected])
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+    one = x[:1].requires_grad_()
+    (slope,) = torch.autograd.grad(loss(parameters, one), one)
+    along = (slope * step[:1]).sum()
+    _, found = torch.func.jvp(lambda x: loss(parameters, x), (x[:1],), (step[:1],))
+    torch.testing.assert_close(found, along)
+    with forward_ad.dual_level():
+        dual = loss(parameters, forward_ad.make_dual(x[:1], step[:1]))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, along)
+
+    rows = torch.func.jacrev(lambda x: model(x)[1].mean((2, 3)))(x[:1])
+    columns = torch.func.jvp(lambda x: model(x)[1].mean((2, 3)), (x[:1],), (step[:1],))
+    torch.testing.assert_close((rows * step[:1]).sum((2, 3, 4, 5)), columns[1])
 
 
 @BOTH
