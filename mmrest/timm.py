@@ -18,7 +18,6 @@ detectors of this package normalise them, which ``type='ResT'`` does.
 
 from typing import Any, Union
 
-import torch
 from timm.layers import SelectAdaptivePool2d
 from timm.models import (
     build_model_with_cfg,

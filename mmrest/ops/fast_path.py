@@ -84,7 +84,7 @@ def is_exporting() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether ``torch.func`` (``grad``, ``vmap``, ...) or forward-mode AD is at work."""
+    """Whether ``torch.func`` (``grad``, ``vmap``) or forward-mode AD is at work."""
     if torch.compiler.is_compiling():
         return False  # Dynamo has answers of its own to the questions below
     return (

@@ -424,9 +424,9 @@ def test_gradients_have_the_strides_of_their_parameters(
     model.to(memory_format=getattr(torch, memory_format))
     assigned = copy.deepcopy(model)
     assigned.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
-    for model in (model, copy.deepcopy(model), assigned.train()):
-        sum(out.sum() for out in model(image((2, 3, 64, 64)).to(dtype))).backward()
-        for name, parameter in model.named_parameters():
+    for each in (model, copy.deepcopy(model), assigned.train()):
+        sum(out.sum() for out in each(image((2, 3, 64, 64)).to(dtype))).backward()
+        for name, parameter in each.named_parameters():
             assert parameter.grad.stride() == parameter.stride(), name
 
 
