@@ -36,6 +36,7 @@ torch.compile and torch.export keep it as one node, and an autograd formula, whi
 is an operator too.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Optional
@@ -50,23 +51,26 @@ CPU_TILE_BYTES = 4 * 2**20
 GPU_TILE_BYTES = 128 * 2**20
 # Below this many rows a matrix product loses more speed than the cache gives.
 MIN_ROWS = 64
+# A tile is not cut into parts for threads that would have less than this to do.
+MIN_PART_ROWS = 32
+MIN_PART_BYTES = 2**19
 
 # ---------------------------------------------------------------- tiles
 
 
 class Tile(NamedTuple):
-    """The part of a batch of score maps that is computed at once."""
+    """What of a batch of score maps is computed at once.
+
+    On a CPU the rows of a large image are laid out in one part for each thread, as if
+    parts were images: (parts, h, rows / parts, M) instead of (1, h, rows, M). Threads
+    divide the first dimension among them, so that each takes all steps of its part.
+    Otherwise a core waits for what another has just written: on some machines a tile
+    takes half as long again.
+    """
 
     images: int
     rows: int
-
-
-class _Span(NamedTuple):
-    """One tile: images b0..b1, query rows n0..n1, and its number."""
-
-    images: slice
-    rows: slice
-    number: int
+    parts: int = 1
 
 
 def tile_bytes(device: torch.device, gpu_bytes: int = GPU_TILE_BYTES) -> int:
@@ -94,6 +98,7 @@ def choose_tile(
     num_keys: int,
     tile_rows: Optional[int] = None,
     gpu_bytes: int = GPU_TILE_BYTES,
+    dropout_p: float = 0.0,
 ) -> Tile:
     """Choose the tile for queries of shape (B, h, N, d) and ``num_keys`` keys.
 
@@ -106,31 +111,68 @@ def choose_tile(
         tile_rows (int, optional): Query rows of a tile, instead of the number
             that follows from the memory budget.
         gpu_bytes (int): The memory budget on a GPU, see :func:`tile_bytes`.
+        dropout_p (float): With dropout a tile has one part, so that its mask does
+            not depend on the number of threads.
 
     Raises:
         ValueError: If ``tile_rows`` is not positive.
     """
     batch, heads, num_queries, _ = q.shape
+    row_bytes = max(1, heads * num_keys * max(4, q.element_size()))
+    rows = max(MIN_ROWS, tile_bytes(q.device, gpu_bytes) // row_bytes)
+    images = max(1, min(batch, rows // max(1, num_queries)))
+    rows = -(-num_queries // max(1, -(-num_queries // rows)))
     if tile_rows is not None:
         if tile_rows < 1:
             raise ValueError(f'tile_rows must be at least 1, found {tile_rows}')
-        return Tile(images=1, rows=tile_rows)
-    row_bytes = max(1, heads * num_keys * max(4, q.element_size()))
-    rows = max(MIN_ROWS, tile_bytes(q.device, gpu_bytes) // row_bytes)
-    if rows >= num_queries:
-        images = max(1, min(batch, rows // max(1, num_queries)))
-        return Tile(images=images, rows=max(1, num_queries))
-    num_tiles = -(-num_queries // rows)
-    return Tile(images=1, rows=-(-num_queries // num_tiles))
+        images, rows = 1, tile_rows
+    parts = torch.get_num_threads() if q.device.type == 'cpu' else 1
+    if (
+        images > 1
+        or dropout_p > 0.0
+        or rows < MIN_PART_ROWS * parts
+        or rows * row_bytes < MIN_PART_BYTES * parts
+    ):
+        parts = 1
+    return Tile(images=images, rows=max(1, -(-rows // parts)) * parts, parts=parts)
 
 
-def _spans(batch: int, num_queries: int, tile: Tile) -> Iterator[_Span]:
-    number = 0
-    for b in range(0, batch, tile.images):
-        for n in range(0, num_queries, tile.rows):
-            images = slice(b, min(b + tile.images, batch))
-            yield _Span(images, slice(n, min(n + tile.rows, num_queries)), number)
-            number += 1
+def image_slices(batch: int, tile: Tile) -> Iterator[slice]:
+    """The images of each tile."""
+    for start in range(0, batch, tile.images):
+        yield slice(start, min(start + tile.images, batch))
+
+
+def row_slices(num_queries: int, tile: Tile) -> Iterator[tuple[slice, int]]:
+    """The query rows of each tile of an image, and the parts they are laid out in.
+
+    Rows at the end of an image that do not fill as many parts are a tile of their own.
+    """
+    start = 0
+    while start < num_queries:
+        length = min(tile.rows, num_queries - start)
+        parts = tile.parts if length >= tile.parts else 1
+        length -= length % parts
+        yield slice(start, start + length), parts
+        start += length
+
+
+def _to_parts(x: Tensor, parts: int) -> Tensor:
+    """(images, h, rows, ...) -> (images * parts, h, rows / parts, ...), a view.
+
+    Only the rows of a single image come in several parts.
+    """
+    return x if parts == 1 else x[0].unflatten(1, (parts, -1)).transpose(0, 1)
+
+
+def _for_each_part(x: Tensor, parts: int) -> Tensor:
+    """(images, h, M, d) -> (images * parts, h, M, d), a copy for each part."""
+    return x.repeat_interleave(parts, dim=0) if parts > 1 else x
+
+
+def _sum_parts(x: Tensor, parts: int) -> Tensor:
+    """(images * parts, ...) -> (images, ...)."""
+    return x.unflatten(0, (-1, parts)).sum(1) if parts > 1 else x
 
 
 class _Workspace:
@@ -143,10 +185,10 @@ class _Workspace:
             count, size, dtype=_accumulation_dtype(q.dtype), device=q.device
         )
 
-    def tile(self, number: int, images: int, heads: int, rows: int) -> Tensor:
-        """Buffer ``number`` as a contiguous (images, heads, rows, M) tensor."""
-        size = images * heads * rows * self.num_keys
-        return self.buffers[number, :size].view(images, heads, rows, self.num_keys)
+    def tile(self, number: int, q_tile: Tensor) -> Tensor:
+        """Buffer ``number`` as the maps of ``q_tile``, (images, h, rows, M)."""
+        shape = (*q_tile.shape[:3], self.num_keys)
+        return self.buffers[number, : math.prod(shape)].view(shape)
 
 
 # ---------------------------------------------------------------- arithmetic
@@ -193,9 +235,9 @@ def _dropout_mask(like: Tensor, p: float, seed: int) -> Tensor:
     return keep.div_(1.0 - p)
 
 
-def _accumulate(total: Tensor, images: slice, maps: Tensor, tokens: Tensor) -> None:
-    """``total[images] += maps^T @ tokens``."""
-    target = total[images].flatten(0, 1)
+def _accumulate(total: Tensor, maps: Tensor, tokens: Tensor) -> None:
+    """``total += maps^T @ tokens``, or the first parts of ``total``."""
+    target = total[: len(maps)].flatten(0, 1)
     maps = maps.flatten(0, 1).transpose(-2, -1)
     tokens = tokens.flatten(0, 1)
     if tokens.dtype == target.dtype:
@@ -240,21 +282,23 @@ def tiled_forward(
     square_sum = q.new_zeros(batch, heads, dtype=dtype)
     work = _Workspace(q, num_keys, tile, count=2)
 
-    for images, rows, number in _spans(batch, num_queries, tile):
-        q_tile = q[images, :, rows] * scale
-        shape = q_tile.shape[:3]
-        # images, h, rows, M
-        scores, attn = work.tile(0, *shape), work.tile(1, *shape)
-        _probabilities(q_tile, k[images], weight, scores, out=attn)
-        attn.sub_(1.0 / num_keys)
-        square_sum[images] += torch.linalg.vector_norm(attn.flatten(2), dim=-1).square()
-        if dropout_p > 0.0:
-            attn.mul_(_dropout_mask(attn, dropout_p, seed + number))
-        # images, h, rows, d
-        product = torch.bmm(
-            attn.flatten(0, 1).to(v.dtype), v[images].flatten(0, 1)
-        ).unflatten(0, shape[:2])
-        out[images, :, rows] = product
+    for images in image_slices(batch, tile):
+        k_parts, v_parts = (_for_each_part(x[images], tile.parts) for x in (k, v))
+        for rows, parts in row_slices(num_queries, tile):
+            # images * parts, h, rows / parts, d
+            q_tile = _to_parts(q[images, :, rows] * scale, parts)
+            k_tile, v_tile = k_parts[: len(q_tile)], v_parts[: len(q_tile)]
+            # images * parts, h, rows / parts, M
+            scores, attn = (work.tile(i, q_tile) for i in range(2))
+            _probabilities(q_tile, k_tile, weight, scores, out=attn)
+            attn.sub_(1.0 / num_keys)
+            squares = torch.linalg.vector_norm(attn.flatten(2), dim=-1).square()
+            square_sum[images] += _sum_parts(squares, parts)
+            if dropout_p > 0.0:
+                number = images.start * num_queries + rows.start
+                attn.mul_(_dropout_mask(attn, dropout_p, seed + number))
+            product = torch.bmm(attn.flatten(0, 1).to(v.dtype), v_tile.flatten(0, 1))
+            _to_parts(out[images, :, rows], parts).copy_(product.view(q_tile.shape))
 
     variance = square_sum / max(1, num_queries * num_keys)
     rstd = (variance + eps).rsqrt()[..., None, None]
@@ -290,52 +334,61 @@ def tiled_backward(
     mix = weight.to(dtype)
     unmix = mix.t().contiguous()
     grad_q = q.new_empty(batch, num_queries, heads, dim).transpose(1, 2)
-    grad_k = q.new_zeros(batch, heads, num_keys, dim, dtype=dtype)
-    grad_v = q.new_zeros(batch, heads, num_keys, dim, dtype=dtype)
+    grad_k, grad_v = (q.new_empty(batch, heads, num_keys, dim) for _ in range(2))
     grad_weight = q.new_zeros(heads, heads, dtype=dtype)
     # what flows into each entry of the centred map through the variance
     grad_dot_out = (grad.to(dtype) * out.to(dtype)).sum(dim=(2, 3), keepdim=True)
     through_variance = -(rstd.square()) * grad_dot_out / max(1, num_queries * num_keys)
     work = _Workspace(q, num_keys, tile, count=4)
 
-    for images, rows, number in _spans(batch, num_queries, tile):
-        q_tile = q[images, :, rows] * scale
-        r_tile = rstd[images]
-        # r must not meet G in float16, see above; elsewhere that saves two passes
-        grad_tile = grad[images, :, rows].to(v.dtype if is_narrow else dtype)
-        if not is_narrow:
-            grad_tile = (grad_tile * r_tile).to(v.dtype)
-        shape = q_tile.shape[:3]
-        k_tile, v_tile = k[images], v[images]
-        # images, h, rows, M
-        scores, attn, centred, grad_attn = (work.tile(i, *shape) for i in range(4))
-        _probabilities(q_tile, k_tile, mix, scores, out=attn)
-        _bmm(grad_tile, v_tile.transpose(-2, -1), out=grad_attn)
+    for images in image_slices(batch, tile):
+        k_parts, v_parts = (_for_each_part(x[images], tile.parts) for x in (k, v))
+        k_sum, v_sum = (k.new_zeros(k_parts.shape, dtype=dtype) for _ in range(2))
+        for rows, parts in row_slices(num_queries, tile):
+            # images * parts, h, rows / parts, d
+            q_tile = _to_parts(q[images, :, rows] * scale, parts)
+            k_tile, v_tile = k_parts[: len(q_tile)], v_parts[: len(q_tile)]
+            # r must not meet G in float16, see above; elsewhere that saves two passes
+            grad_tile = grad[images, :, rows].to(v.dtype if is_narrow else dtype)
+            if not is_narrow:
+                grad_tile = (grad_tile * rstd[images]).to(v.dtype)
+            grad_tile = _to_parts(grad_tile, parts)
+            # images * parts, h, rows / parts, M
+            scores, attn, centred, grad_attn = (work.tile(i, q_tile) for i in range(4))
+            _probabilities(q_tile, k_tile, mix, scores, out=attn)
+            _bmm(grad_tile, v_tile.transpose(-2, -1), out=grad_attn)
 
-        torch.sub(attn, 1.0 / num_keys, out=centred)
-        if is_narrow:
-            grad_attn.mul_(r_tile)
-            centred.mul_(r_tile)
-        if dropout_p > 0.0:
-            mask = _dropout_mask(attn, dropout_p, seed + number)
-            grad_attn.mul_(mask)
-            centred.mul_(mask)
-        _accumulate(grad_v, images, centred, grad_tile)
+            torch.sub(attn, 1.0 / num_keys, out=centred)
+            if is_narrow:
+                grad_attn.mul_(rstd[images])
+                centred.mul_(rstd[images])
+            if dropout_p > 0.0:
+                number = images.start * num_queries + rows.start
+                mask = _dropout_mask(attn, dropout_p, seed + number)
+                grad_attn.mul_(mask)
+                centred.mul_(mask)
+            _accumulate(v_sum, centred, grad_tile)
 
-        torch.addcmul(grad_attn, attn, through_variance[images], out=grad_attn)
-        # the gradient of the mixed scores overwrites that of the probabilities
-        torch.ops.aten._softmax_backward_data.out(
-            grad_attn, attn, -1, dtype, grad_input=grad_attn
-        )
-        grad_weight += torch.einsum(
-            'bix,bjx->ij', grad_attn.flatten(2), scores.flatten(2)
-        )
-        # scores have served: their buffer takes their gradient
-        grad_scores = _mix_heads(unmix, grad_attn, out=scores).to(q.dtype)
-        grad_q[images, :, rows] = grad_scores @ (k_tile * scale)
-        _accumulate(grad_k, images, grad_scores, q_tile)
+            torch.addcmul(grad_attn, attn, through_variance[images], out=grad_attn)
+            # the gradient of the mixed scores overwrites that of the probabilities
+            torch.ops.aten._softmax_backward_data.out(
+                grad_attn, attn, -1, dtype, grad_input=grad_attn
+            )
+            grad_weight += torch.bmm(
+                grad_attn.flatten(2), scores.flatten(2).transpose(-2, -1)
+            ).sum(0)
+            # scores have served: their buffer takes their gradient
+            grad_scores = _mix_heads(unmix, grad_attn, out=scores).to(q.dtype)
+            product = torch.baddbmm(
+                q.new_empty(1, 1, 1), grad_scores.flatten(0, 1), k_tile.flatten(0, 1),
+                beta=0.0, alpha=scale,
+            )  # fmt: skip
+            _to_parts(grad_q[images, :, rows], parts).copy_(product.view(q_tile.shape))
+            _accumulate(k_sum, grad_scores, q_tile)
+        grad_k[images] = _sum_parts(k_sum, tile.parts)
+        grad_v[images] = _sum_parts(v_sum, tile.parts)
 
-    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_weight.to(weight.dtype)
+    return grad_q, grad_k, grad_v, grad_weight.to(weight.dtype)
 
 
 # ---------------------------------------------------------------- the operator
@@ -377,7 +430,7 @@ def _forward_op(
     seed: Optional[Tensor],
     tile_rows: Optional[int],
 ) -> tuple[Tensor, Tensor]:
-    tile = choose_tile(q, k.shape[2], tile_rows)
+    tile = choose_tile(q, k.shape[2], tile_rows, dropout_p=dropout_p)
     with torch.autocast(q.device.type, enabled=False):
         return tiled_forward(q, k, v, weight, scale, eps, tile, dropout_p, _value(seed))
 
@@ -396,7 +449,7 @@ def _backward_op(
     seed: Optional[Tensor],
     tile_rows: Optional[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tile = choose_tile(q, k.shape[2], tile_rows)
+    tile = choose_tile(q, k.shape[2], tile_rows, dropout_p=dropout_p)
     with torch.autocast(q.device.type, enabled=False):
         return tiled_backward(
             grad, q, k, v, weight, out, rstd, scale, tile, dropout_p, _value(seed)

@@ -57,7 +57,7 @@ from typing import Any, NamedTuple, Optional, no_type_check
 import torch
 from torch import Tensor
 
-from .tiled import Tile, _spans, choose_tile
+from .tiled import Tile, choose_tile, image_slices, row_slices
 
 try:
     import triton
@@ -704,13 +704,15 @@ class _Operands:
         return buffer.view(maps, part.length, self.padded_keys)
 
     def parts(self) -> Iterator[_Part]:
-        for images, rows, _ in _spans(self.batch, self.num_queries, self.tile):
-            is_last = rows.stop == self.num_queries
-            padded = slice(rows.start, self.padded_queries if is_last else rows.stop)
-            length = padded.stop - padded.start
-            count = images.stop - images.start
-            is_all = count == self.batch and length == self.padded_queries
-            yield _Part(images, padded, length, rows.stop - rows.start, is_all)
+        for images in image_slices(self.batch, self.tile):
+            for rows, _ in row_slices(self.num_queries, self.tile):
+                is_last = rows.stop == self.num_queries
+                stop = self.padded_queries if is_last else rows.stop
+                length = stop - rows.start
+                count = images.stop - images.start
+                is_all = count == self.batch and length == self.padded_queries
+                valid = rows.stop - rows.start
+                yield _Part(images, slice(rows.start, stop), length, valid, is_all)
 
 
 # Triton's own cdiv and next_power_of_2 take microseconds

@@ -48,9 +48,10 @@ def test_equals_dense(shape, tile_rows, dtype):
         dim=st.integers(1, 12),
     ),
     tile_bytes=st.integers(1, 40_000),
+    threads=st.integers(1, 5),
     seed=st.integers(0, 2**16),
 )
-def test_equals_dense_for_any_shape_and_budget(shape, tile_bytes, seed):
+def test_equals_dense_for_any_shape_and_budget(shape, tile_bytes, threads, seed):
     inputs = make_inputs(shape, torch.float64, seed)
     grad = torch.ones(
         shape.batch, shape.heads, shape.queries, shape.dim, dtype=torch.float64
@@ -59,6 +60,9 @@ def test_equals_dense_for_any_shape_and_budget(shape, tile_bytes, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('MMREST_TILE_BYTES', str(tile_bytes))
         patch.setattr('mmrest.ops.tiled.MIN_ROWS', 3)
+        patch.setattr('mmrest.ops.tiled.MIN_PART_ROWS', 1)
+        patch.setattr('mmrest.ops.tiled.MIN_PART_BYTES', 1)
+        patch.setattr(torch, 'get_num_threads', lambda: threads)
         found = run(inputs, grad, attn_impl='tiled')
     assert_same(found, expected, TOLERANCE[torch.float64])
 
@@ -101,8 +105,12 @@ def test_gradient_that_is_an_expanded_scalar():
     assert_same(run(inputs, grad, attn_impl='tiled', tile_rows=4), expected, 1e-10)
 
 
+@pytest.mark.parametrize('threads', [1, 2])
 @pytest.mark.parametrize('dropout_p', [0.0, 0.4])
-def test_gradcheck(dropout_p):
+def test_gradcheck(monkeypatch, dropout_p, threads):
+    monkeypatch.setattr('mmrest.ops.tiled.MIN_PART_ROWS', 1)
+    monkeypatch.setattr('mmrest.ops.tiled.MIN_PART_BYTES', 1)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
     inputs = make_inputs(Shape(2, 3, 7, 4, 3), torch.float64)
 
     def function(*tensors):
@@ -214,6 +222,35 @@ def test_tiles_stay_within_the_budget(batch, heads, queries, keys):
     row_bytes = heads * keys * 4
     budget = max(128 * 2**20, 64 * row_bytes)  # meta counts as a large device
     assert tile.images * tile.rows * row_bytes <= budget
+
+
+@pytest.mark.parametrize(
+    'threads, batch, queries, keys, expected',
+    [
+        (1, 1, 4200, 1050, (1, 248, 1)),
+        (2, 1, 4200, 1050, (1, 248, 2)),
+        (4, 3, 4200, 1050, (1, 248, 4)),
+        (8, 1, 4200, 1050, (1, 248, 1)),  # fewer than 32 rows each
+        (2, 1, 196, 49, (1, 196, 1)),  # too little work
+        (2, 5, 400, 196, (3, 400, 1)),  # images, which need no parts
+        (3, 1, 1051, 1000, (1, 213, 3)),
+    ],
+)
+def test_one_part_for_each_thread(monkeypatch, threads, batch, queries, keys, expected):
+    """Images, rows and parts of a tile."""
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
+    assert choose_tile(torch.empty(batch, 4, queries, 8), keys) == expected
+
+
+def test_dropout_does_not_depend_on_the_threads(monkeypatch):
+    inputs = make_inputs(Shape(1, 4, 901, 500, 8))
+    outputs = []
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, 'get_num_threads', lambda n=threads: n)
+        torch.manual_seed(0)
+        out = head_interaction_attention(**inputs, dropout_p=0.5, attn_impl='tiled')
+        outputs.append(out.detach())
+    torch.testing.assert_close(*outputs)
 
 
 def test_triton_falls_back_to_tiled_with_a_warning():
