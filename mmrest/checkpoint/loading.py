@@ -269,11 +269,19 @@ def _choose_prefix(
     fits = [sum(p + name in tensors for name in target) for p in candidates]
     if not any(fits):
         shown = f'; {wanted!r} was asked for as their prefix' if wanted else ''
+        first = next(iter(target), '')
+        others = [n.removesuffix(first) for n in tensors if n.endswith(f'.{first}')]
+        advice = 'Is it a checkpoint of this model?'
+        if first and others:
+            advice = (
+                f'The names in the file begin with {shorten(others, 4)}: to take these '
+                "off, name the prefix beside checkpoint, as in init_cfg=dict(type='"
+                f"Pretrained', checkpoint=..., prefix={others[0]!r})."
+            )
         raise CheckpointError(
             f'no tensor in {source} has a name that the model knows{shown}. '
             f'In the file ({len(tensors)}): {shorten(tensors, 4)}. '
-            f'In the model ({len(target)}): {shorten(target, 4)}. '
-            'Is it a checkpoint of this model?'
+            f'In the model ({len(target)}): {shorten(target, 4)}. {advice}'
         )
     return candidates[fits.index(max(fits))]
 

@@ -13,8 +13,9 @@ from .reading import CheckpointError, Source, read_checkpoint
 # If several are there: the averaged weights are those that were evaluated. (In
 # mmengine's own checkpoints with EMA, `state_dict` holds the averaged ones.)
 WRAPPERS = ('state_dict_ema', 'state_dict', 'model')
-# what DistributedDataParallel, detectors, and detectron2's FPN put before a name
-PREFIXES = ('module.', 'backbone.bottom_up.', 'backbone.')
+# what DistributedDataParallel, torch.compile, detectors, and detectron2's FPN put
+# before a name
+PREFIXES = ('module.', '_orig_mod.', 'backbone.bottom_up.', 'backbone.')
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ def read_state_dict(source: Source, map_location: Any = 'cpu') -> dict[str, Tens
 
     They may be bare or under ``state_dict_ema``, ``state_dict`` or ``model`` (the
     first of these that is there), beside whatever else a training run saves. A
-    prefix ``module.``, ``backbone.`` or ``backbone.bottom_up.``, or several of
-    them, is taken off where every name has it. Where only some have it, as in a
-    detector, the names stay as they are; :func:`load_pretrained` picks the
+    prefix ``module.``, ``_orig_mod.``, ``backbone.`` or ``backbone.bottom_up.``, or
+    several of them, is taken off where every name has it. Where only some have it, as
+    in a detector, the names stay as they are; :func:`load_pretrained` picks the
     backbone out of these.
 
     Args:

@@ -112,7 +112,8 @@ def test_backbone_of_a_detector(save, prefix):
 def test_prefix_of_the_user(save):
     state = {**published(prefix='encoder.'), 'decoder.weight': torch.ones(1)}
     path = save(state)
-    with pytest.raises(CheckpointError, match='no tensor .* has a name that the model'):
+    advice = "no tensor .* has a name that the model .*prefix='encoder.'"
+    with pytest.raises(CheckpointError, match=advice):
         load_pretrained(Net(), path, **RULES)
     for prefix in ('encoder', 'encoder.'):
         assert load_pretrained(Net(), path, **RULES, prefix=prefix).prefix == 'encoder.'

@@ -27,6 +27,8 @@ from mmrest.checkpoint.state_dict import (
         'module.backbone.',
         'module.backbone.bottom_up.',
         'backbone.module.',
+        '_orig_mod.',
+        'module._orig_mod.backbone.',
     ],
 )
 def test_forms(save, weights, wrapper, prefix):
