@@ -10,9 +10,10 @@ import copy
 import itertools
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Optional, Union
 
+import cv2
 import numpy as np
 import torch
 from mmengine.config import Config
@@ -55,6 +56,9 @@ class Inferencer(ABC):
     ) -> None:
         self.base = self._build(cfg, checkpoint, source, device)
         self.model: Any = self.base.model
+        steps = cfg.test_dataloader.dataset.pipeline
+        colors = (step.get('color_type', '') for step in steps)
+        self._is_grey = any(color.startswith('grayscale') for color in colors)
         self.classes: Sequence[str] = self._classes()
 
     @abstractmethod
@@ -69,9 +73,16 @@ class Inferencer(ABC):
 
         Args:
             images (Sequence[ndarray]): Each of shape (H, W, 3), BGR, uint8.
+
+        Raises:
+            InferenceError: If they are anything else.
         """
-        (batch,) = self.base.preprocess(list(images), batch_size=len(images))
-        return batch
+        images = check_images(images)
+        if self._is_grey:  # as LoadImageFromFile would read them
+            images = [cv2.cvtColor(image, cv2.COLOR_BGR2GRAY) for image in images]
+        (batch,) = self.base.preprocess(images, batch_size=len(images))
+        # mmdet hands on the images beside the batch
+        return batch if isinstance(batch, dict) else batch[1]
 
     def predict(self, images: Sequence[np.ndarray]) -> list[Any]:
         """Run the model on a batch.
@@ -81,7 +92,13 @@ class Inferencer(ABC):
 
         Returns:
             list[BaseDataElement]: A data sample of the toolbox for each, on the CPU.
+
+        Raises:
+            InferenceError: If they are anything else.
         """
+        images = check_images(images)
+        if not images:
+            return []
         samples = self.base.forward(self.preprocess(images))
         return [sample.cpu() for sample in samples]
 
@@ -132,11 +149,6 @@ class _Detection(Inferencer):
         kind = _checked(DetInferencer, checkpoint, source)
         return kind(cfg, device=device, show_progress=False)
 
-    def preprocess(self, images: Sequence[np.ndarray]) -> dict:
-        # mmdet hands on the images beside the batch
-        ((_, batch),) = self.base.preprocess(list(images), batch_size=len(images))
-        return batch
-
     def _add(self, image: np.ndarray, sample: Any, score_thr: float) -> None:
         self.base.visualizer.add_datasample(
             'image',
@@ -175,7 +187,7 @@ class _Segmentation(Inferencer):
         # mmseg has images of one size in a batch
         size_of = operator.attrgetter('shape')
         samples: list[Any] = []
-        for _, part in itertools.groupby(images, size_of):
+        for _, part in itertools.groupby(check_images(images), size_of):
             samples += super().predict(list(part))
         return samples
 
@@ -282,6 +294,25 @@ def init_inferencer(
     if amp:
         test_with_amp(inferencer.model, amp)
     return inferencer
+
+
+def check_images(images: Iterable[Any]) -> list[np.ndarray]:
+    """Return images as a list.
+
+    Raises:
+        InferenceError: If one is no array of shape (H, W, 3) and type uint8.
+    """
+    listed = list(images)
+    for image in listed:
+        shape, dtype = np.shape(image), getattr(image, 'dtype', '')
+        fits = len(shape) == 3 and shape[2] == 3 and 0 not in shape
+        if not isinstance(image, np.ndarray) or not fits or dtype != np.uint8:
+            raise InferenceError(
+                'images are given as a list of NumPy arrays of shape (H, W, 3), BGR, '
+                f'uint8; found a {type(image).__name__} of shape {shape} {dtype}. '
+                'mmrest.inference.read_image reads any file so.'
+            )
+    return listed
 
 
 def check_device(device: str, amp: Optional[str] = None) -> str:

@@ -150,8 +150,7 @@ def infer(
     items = track(inputs.items, 'Inference', inputs.total)
     try:
         for batch in _batches(_readable(items, skipped), batch_size):
-            samples = inferencer.predict([item.image for item in batch])
-            for item, sample in zip(batch, samples):
+            for item, sample in _predict(inferencer, batch, skipped):
                 picture = inferencer.draw(item.image, sample, score_thr)
                 result = inferencer.to_dict(sample)
                 labels = inferencer.label_image(sample)
@@ -202,10 +201,30 @@ def _show(picture: np.ndarray, wait: bool) -> bool:
 def _readable(items: Iterable[Item], skipped: list[Item]) -> Iterator[Item]:
     for item in items:
         if item.error:
-            skipped.append(item)
-            print(f'skipped: {item.name} {item.error}', file=sys.stderr)
+            _skip(item, skipped)
         else:
             yield item
+
+
+def _skip(item: Item, skipped: list[Item]) -> None:
+    skipped.append(item)
+    print(f'skipped: {item.name} {item.error}', file=sys.stderr)
+
+
+def _predict(
+    inferencer: Inferencer, batch: list[Item], skipped: list[Item]
+) -> list[tuple[Item, Any]]:
+    """Items with their predictions, but for those that the pipeline cannot resize."""
+    try:
+        return list(zip(batch, inferencer.predict([item.image for item in batch])))
+    except cv2.error as error:
+        if len(batch) > 1:
+            alone = (_predict(inferencer, [item], skipped) for item in batch)
+            return [pair for pairs in alone for pair in pairs]
+        height, width = batch[0].image.shape[:2]
+        reason = f'({width}x{height} pixels) cannot be resized: {error.err}'
+        _skip(batch[0]._replace(error=reason), skipped)
+        return []
 
 
 def _batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
 
 from mmrest.checkpoint import CheckpointError
 from mmrest.inference import InferenceError, OutputFolder, infer, init_inferencer
@@ -51,12 +52,14 @@ def test_folder_with_bad_files(demo, model_files, write_image, tmp_path):
     (folder / 'text.jpg').write_text('no image')
     whole = (folder / 'b.jpg').read_bytes()
     (folder / 'cut.jpg').write_bytes(whole[: len(whole) // 2])
+    write_image(folder / 'thin.png', 1, 2000)  # no pixel is left after Resize
     options = ['--out-dir', 'out', '--batch-size', '2', '--device', 'cpu']
     files = model_files('mmdet')
     output = demo(folder, *files, *options, fails=True)
     assert 'skipped: empty.jpg (0 bytes) is not an image' in output
     assert 'skipped: text.jpg (8 bytes) is not an image' in output
     assert re.search(r'skipped: cut\.jpg cannot be decoded \(.*truncated', output)
+    assert 'skipped: thin.png (1x2000 pixels) cannot be resized' in output
     names = sorted(path.name for path in (tmp_path / 'out/preds').iterdir())
     assert names == ['a.json', 'a.png.json', 'b.json']  # none in another's place
     output = demo(folder, *files, *options, fails=True)
@@ -172,6 +175,44 @@ def test_images_of_several_sizes_in_a_batch(model_files, toolbox):
             if toolbox == 'mmseg':
                 found, wanted = found.data, wanted.data
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    'toolbox, images, found',
+    [
+        ('mmseg', np.zeros((64, 96, 3), np.uint8), r'ndarray of shape \(96, 3\) uint8'),
+        ('mmpretrain', [np.zeros((9, 9), np.uint8)], r'of shape \(9, 9\) uint8'),
+        ('mmdet', [np.zeros((9, 9, 4), np.uint8)], r'of shape \(9, 9, 4\)'),
+        ('mmdet', [np.zeros((9, 9, 3))], 'float64'),
+        ('mmdet', [np.zeros((0, 9, 3), np.uint8)], r'of shape \(0, 9, 3\)'),
+        ('mmseg', ['a.jpg'], 'found a str'),
+    ],
+)
+def test_what_is_no_image(model_files, toolbox, images, found):
+    inferencer = init_inferencer(*map(str, model_files(toolbox)))
+    with pytest.raises(InferenceError, match=found):
+        inferencer.predict(images)
+    assert inferencer.predict([]) == []
+
+
+def test_grey_images_of_a_grey_detector(model_files, tmp_path):
+    config, _ = model_files('mmdet')
+    cfg = Config.fromfile(config)
+    cfg.model.backbone.in_channels = 1
+    cfg.model.data_preprocessor.update(mean=[100.0], std=[50.0], bgr_to_rgb=False)
+    cfg.test_dataloader.dataset.pipeline[0].color_type = 'grayscale'
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        model = MODELS.build(cfg.model)
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'grey.pth')
+    seen = []
+    inferencer = init_inferencer(cfg, tmp_path / 'grey.pth')
+    inferencer.model.backbone.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0])
+    )
+    (sample,) = inferencer.predict([np.full((64, 96, 3), 110, np.uint8)])
+    assert inferencer.draw(np.zeros((64, 96, 3), np.uint8), sample).shape == (64, 96, 3)
+    assert seen[0].shape[:2] == (1, 1)
+    torch.testing.assert_close(seen[0].max(), torch.tensor(0.2))
 
 
 def test_published_classifier(model_files):
