@@ -1,8 +1,8 @@
-"""ResT, the efficient multi-scale vision Transformer, for OpenMMLab.
+"""ResT, an efficient multi-scale vision Transformer, for OpenMMLab.
 
 Importing the package registers its classes with MMEngine and its ImageNet models with
-MMPretrain, makes ``mmrest::`` known as a scope of configs, and lets PyTorch's safe
-loading read MMEngine's own checkpoints. It changes nothing else in the process.
+MMPretrain, makes ``mmrest::`` a scope of configs, and lets PyTorch's safe loading read
+MMEngine's own checkpoints. It changes nothing else.
 """
 
 import sys
@@ -11,8 +11,8 @@ from .version import __version__
 
 __all__ = ['__version__']
 
-# `python -m mmrest.doctor` must run where the imports below fail. Python 3.9 shows no
-# more than the `-m` at this point.
+# `python -m mmrest.doctor` must run even if the imports below fail. At this point,
+# sys.argv only holds `-m` in Python 3.9.
 _argv = getattr(sys, 'orig_argv', None)
 if 'mmrest.doctor' not in (_argv or ()) and (_argv or sys.argv[:1] != ['-m']):
     try:
@@ -22,15 +22,15 @@ if 'mmrest.doctor' not in (_argv or ()) and (_argv or sys.argv[:1] != ['-m']):
         from .checkpoint import allow_mmengine_checkpoints
         from .models import ResT, ResTV2
         from .utils.toolboxes import list_in_mmpretrain, register_in_toolboxes
-    # ImportError: missing; AssertionError: a version gate; ValueError: NumPy's ABI
+    # a missing package, another one's check of versions, NumPy's ABI
     except (ImportError, AssertionError, ValueError) as error:
         raise ImportError(
             f'mmrest cannot be imported: {error}. It needs torch, mmengine and mmcv, '
             'in versions that fit one another; `python -m mmrest.doctor` says what is '
             'installed and how to mend it.'
         ) from error
-    # MMEngine looks for `.mim/configs` next to this module. Given the distribution
-    # `mmrest`, it would look in site-packages, where an editable install has none.
+    # MMEngine looks for `.mim/configs` next to this module. Next to that of the
+    # distribution `mmrest`, it would find none of an editable install.
     MODULE2PACKAGE['mmrest'] = 'mmrest.config'
     allow_mmengine_checkpoints()
     register_in_toolboxes(ResT)

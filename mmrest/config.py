@@ -1,8 +1,8 @@
 """The configs of this package: ``mmrest::`` names, and whole configs as one file.
 
-``_base_ = 'mmrest::mask_rcnn/rest_base_fpn_1x.py'`` is resolved by MMEngine itself
-wherever mmrest is imported before the config is read. For a program that does not
-import it, write the whole inherited config into a file of its own::
+MMEngine resolves ``_base_ = 'mmrest::mask_rcnn/rest_base_fpn_1x.py'`` if mmrest is
+imported before the config is read. For a program that does not import it, write the
+config with all inherited fields into one file::
 
     python -m mmrest.config mask_rcnn/rest_base_fpn_1x --output my_base.py
 """
@@ -20,7 +20,7 @@ SCOPE = 'mmrest'
 
 
 def config_root() -> Path:
-    """Return the folder that ``mmrest::`` names are relative to.
+    """Return the folder of the configs.
 
     Raises:
         FileNotFoundError: If the installed package has no configs.
@@ -37,12 +37,12 @@ def find_config(name: str) -> str:
     """Find the file of a config of this package.
 
     Args:
-        name (str): The config's path below ``configs/``, with or without the leading
-            ``mmrest::`` and the ending ``.py``, e.g.
-            ``'mmrest::mask_rcnn/rest_base_fpn_1x.py'``.
+        name (str): The config's path below ``configs/``, e.g.
+            ``'mmrest::mask_rcnn/rest_base_fpn_1x.py'``. ``mmrest::`` and ``.py`` may
+            be omitted.
 
     Raises:
-        FileNotFoundError: If there is no such config; names the closest ones.
+        FileNotFoundError: If there is no such config, with the most similar names.
     """
     prefix = f'{SCOPE}::'
     relative = name[len(prefix) :] if name.startswith(prefix) else name

@@ -1,7 +1,7 @@
 """``python -m mmrest.doctor``: what is installed, what does not fit, and the fix.
 
-It must run where nothing else does, so this file imports the standard library alone.
-What is installed is imported in another process, for a broken library may end it.
+It must run where other imports fail, so this file only imports the standard library.
+Packages are imported in another process, because a broken library may end it.
 """
 
 import argparse
@@ -20,10 +20,10 @@ Facts = dict[str, Any]
 
 
 class Requirement(NamedTuple):
-    """A module, and what each of the two stacks takes it from."""
+    """A module, and the distribution of each stack that provides it."""
 
     module: str
-    openmmlab: str  # the distribution, and OneDL's unless that is given
+    openmmlab: str  # distribution of OpenMMLab, and of OneDL unless given below
     versions: str = ''
     onedl: str = ''
     onedl_versions: str = ''
@@ -54,7 +54,7 @@ OPENCVS = (
     'opencv-contrib-python',
     'opencv-contrib-python-headless',
 )
-# Distributions with the same modules: of each row, one may be installed.
+# Distributions with the same modules, of which only one may be installed
 TWINS = (
     ('mmcv', 'mmcv-lite', 'mmcv-full', 'onedl-mmcv'),
     *((each.openmmlab, each.onedl) for each in REQUIREMENTS if each.module != 'mmcv'),
@@ -77,7 +77,7 @@ TORCHVISION = (
     'build of the one does not load with another build of the other. For yours: pip '
     f'install "torchvision=={{vision}}.*". The tested pair: {TORCH_PAIR}',
 )
-# What an error on import means: pattern, problem, fix. The first that is found counts.
+# Causes of import errors: pattern, problem, fix. The first match counts.
 CAUSES = (
     (
         r'(?P<it>lib(?:GL|EGL|gthread|glib|SM|Xext|Xrender|X11|xcb)\b[\w.-]*).*'
@@ -126,7 +126,7 @@ CAUSES = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that does not fit.
+    """A problem with the installation.
 
     Attributes:
         what: What is wrong.
@@ -141,10 +141,10 @@ class Finding:
     level: str = 'error'
 
 
-# --- the facts ---
+# ---------------------------------------------------------------- facts
 
-# Runs in the other process: one line of JSON a module, preceded by its name, so that
-# after a crash it is known which one was being imported.
+# Runs in the other process. For each module it prints its name, which is needed after a
+# crash, and a line of JSON.
 _IMPORT = r"""
 import contextlib, importlib, importlib.util, io, json, os, sys, warnings
 warnings.simplefilter('ignore')
@@ -202,20 +202,20 @@ _TIMEOUT = 300  # seconds for all imports of one process, on a cold disk
 
 
 def collect_facts() -> Facts:
-    """Collect what :func:`diagnose` judges.
+    """Collect the facts that :func:`diagnose` needs.
 
     Returns:
-        dict: ``python``, ``executable`` and ``platform`` (str); ``distributions``, a
-        dict of name to version of those that are installed; ``modules``, a dict of
-        name to a dict with ``found`` (bool), ``version`` (str or None), ``error`` (str
-        or None), ``notes`` (list of str) and, with an error, ``printed`` (str);
-        ``environment``, MMEngine's own report, if it can be had.
+        dict: ``python``, ``executable`` and ``platform`` (str); ``distributions``, the
+        versions of installed distributions by name; ``modules``, a dict by name of
+        dicts with ``found`` (bool), ``version`` (str or None), ``error`` (str or None),
+        ``notes`` (list of str) and, with an error, ``printed`` (str); ``environment``,
+        MMEngine's own report, if MMEngine can be imported.
     """
     distributions = {}
     for name in sorted({name for row in TWINS for name in row if name} | {'mmrest'}):
         with suppress(metadata.PackageNotFoundError):
             distributions[name] = metadata.version(name)
-    # None where only the folder of the metadata is left
+    # the version is None if only the folder of the metadata is left
     distributions = {name: v for name, v in distributions.items() if v}
     modules = import_all([*BY_MODULE, 'mmcv.ops', 'mmrest'])
     for each in REQUIREMENTS:
@@ -251,26 +251,26 @@ def import_all(names: Sequence[str]) -> dict[str, dict]:
             output, ending = error.stdout or b'', f'hung for {_TIMEOUT} s'
         lines = output.decode().splitlines()
         facts.update(zip(lines[::2], map(json.loads, lines[1::2])))
-        if len(lines) % 2 or not lines:  # none: not even Python starts as it should
+        if len(lines) % 2 or not lines:  # without lines, Python itself did not start
             culprit = lines[-1] if lines else waiting[0]
             error_text = f'the process {ending} while importing it'
             facts[culprit] = dict(found=True, version=None, error=error_text, notes=[])
     return {name: facts[name] for name in names}
 
 
-# --- the judgement ---
+# ---------------------------------------------------------------- diagnosis
 
 
 def diagnose(facts: Facts, require: Sequence[str] = NEEDED) -> list[Finding]:
-    """Judge the facts, without any side effect.
+    """Find problems, without side effects.
 
     Args:
-        facts (dict): What :func:`collect_facts` returns.
+        facts (dict): The result of :func:`collect_facts`.
         require (Sequence[str]): Modules that must be installed.
 
     Returns:
-        list[Finding]: Errors first, root causes before what follows from them. An
-        import error that nothing explains is told only if there is no other error.
+        list[Finding]: Errors first, and causes before their consequences. An unknown
+        import error is only included if there is no other error.
     """
     modules = facts['modules']
     findings = [*_check_twins(facts), *_check_versions(facts)]
@@ -309,7 +309,7 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def fits(version: str, wanted: str) -> bool:
-    """Whether a version is in a range of ``>=`` and ``<``, as ``'>=2.0,<2.2'``."""
+    """Whether a version is in a range of ``>=`` and ``<``, such as ``>=2.0,<2.2``."""
     return all(
         (release(version) >= release(clause)) is clause.startswith('>=')
         for clause in filter(None, wanted.split(','))
@@ -317,7 +317,7 @@ def fits(version: str, wanted: str) -> bool:
 
 
 def stack_name(distributions: dict[str, str]) -> str:
-    """Return whose packages are installed: OpenMMLab's, OneDL's, both or none."""
+    """Return whose packages are installed: OpenMMLab, OneDL, both or none."""
     stacks = {
         'OneDL' if name.startswith('onedl-') else 'OpenMMLab'
         for name in distributions
@@ -327,14 +327,14 @@ def stack_name(distributions: dict[str, str]) -> str:
 
 
 def _of_stack(each: Requirement, facts: Facts) -> tuple[str, str]:
-    """The distribution and versions of a requirement in the stack that is installed."""
+    """The distribution and versions of a requirement in the installed stack."""
     if each.onedl and 'OneDL' in stack_name(facts['distributions']):
         return each.onedl, each.onedl_versions
     return each.openmmlab, each.versions
 
 
 def _words(facts: Facts) -> dict[str, str]:
-    """What the texts above are filled with."""
+    """The words that the texts above need."""
     mmcv, wanted = _of_stack(BY_MODULE['mmcv'], facts)
     mmengine, _ = _of_stack(BY_MODULE['mmengine'], facts)
     version = facts['distributions'].get(mmcv, '')
@@ -415,7 +415,7 @@ def _check_versions(facts: Facts) -> Iterator[Finding]:
 
 
 def _explain(name: str, fact: dict, facts: Facts) -> Finding:
-    """Say what an error on import means; without a fix where that is not known."""
+    """Explain an error on import; without a fix if it is unknown."""
     error, installed = fact['error'], facts['distributions']
     text = f'{name}: {error}\n{fact.get("printed", "")}'
     words = dict(_words(facts), name=name)
@@ -432,7 +432,7 @@ def _explain(name: str, fact: dict, facts: Facts) -> Finding:
     return Finding(f'{name} cannot be imported', error, '')
 
 
-# --- the command ---
+# ---------------------------------------------------------------- command line
 
 
 def render(facts: Facts, findings: Sequence[Finding]) -> str:

@@ -1,6 +1,6 @@
 """What the tools do between their arguments and MMEngine's Runner.
 
-Options that several tools have, the config that they select, the checks before a run,
+That is: options that several tools share, reading the config, the checks before a run,
 mixed precision, and the process group on machines without an accelerator.
 """
 
@@ -46,7 +46,7 @@ from .optim.amp import DTYPES, AmpError
 from .utils.config_types import find_toolbox, type_name
 from .utils.results import ResultsError
 
-# What each toolbox comes with, see setup.py.
+# The extra of pip that installs each toolbox
 EXTRAS = dict(mmdet='det', mmseg='seg', mmpretrain='cls')
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 
@@ -55,7 +55,7 @@ class LaunchError(ValueError):
     """A command line or config with which a run cannot start."""
 
 
-# What a tool reports as one message instead of a traceback.
+# Errors that tools report without a traceback
 EXPECTED_ERRORS = (
     LaunchError,
     AmpError,
@@ -69,9 +69,9 @@ EXPECTED_ERRORS = (
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """A parser whose ``--amp`` takes a data type only where one follows.
+    """A parser whose ``--amp`` takes the next word only if it is a data type.
 
-    argparse alone would take the config in ``--amp config.py`` for the data type.
+    argparse itself would take the config in ``--amp config.py`` for the data type.
     """
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -83,7 +83,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the config and the options that change it."""
+    """Add the config, and the option that overrides its fields."""
     parser.add_argument(
         'config',
         help='path of a config, or package::folder/name.py of an installed one',
@@ -99,20 +99,20 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of every tool that starts a model's Runner, but the config."""
+    """Add the options of the tools that start a model's Runner, except the config."""
     add_work_dir_arguments(parser)
     add_amp_argument(parser)
     parser.add_argument(
         '--launcher', choices=LAUNCHERS, default='none', help='job launcher [none]'
     )
-    # Set by torch.distributed.launch; torchrun sets the variable instead.
+    # set by torch.distributed.launch; torchrun sets a variable instead
     parser.add_argument(
         '--local-rank', '--local_rank', type=int, default=0, help=argparse.SUPPRESS
     )
 
 
 def add_work_dir_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add where a run writes, and whether its data are looked at first."""
+    """Add the work folder, and the option to skip the check of the data."""
     parser.add_argument(
         '--work-dir', help='folder for logs and checkpoints [work_dirs/CONFIG NAME]'
     )
@@ -138,9 +138,9 @@ def add_amp_argument(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def short_errors(tool: str, status: int = 1) -> Iterator[None]:
-    """End the process with one message, and ``status``, where no traceback is needed.
+    """End the process with a message and ``status``, instead of a traceback.
 
-    The message begins with the name of the tool.
+    This applies to ``EXPECTED_ERRORS``. The message begins with the name of the tool.
     """
     try:
         yield
@@ -151,7 +151,7 @@ def short_errors(tool: str, status: int = 1) -> Iterator[None]:
 
 
 def load_config(name: str, cfg_options: Optional[dict] = None) -> Config:
-    """Read a config and override some of its fields.
+    """Read a config, and override some of its fields.
 
     Args:
         name (str): A path, or ``package::folder/name.py`` as in ``_base_``.
@@ -160,7 +160,7 @@ def load_config(name: str, cfg_options: Optional[dict] = None) -> Config:
     Raises:
         LaunchError: If there is no such config, or its toolbox is not installed.
     """
-    # mmengine loads some addresses, and its OneDL twin some files, unsafely
+    # MMEngine loads some addresses unsafely, and OneDL's MMEngine some files
     force_safe_loading()
     fill_coco_fields()
     cfg = _read(name)
@@ -173,8 +173,8 @@ def load_config(name: str, cfg_options: Optional[dict] = None) -> Config:
 def load_run_config(args: argparse.Namespace) -> Config:
     """Read the config of a run, and set its ``launcher`` and ``work_dir``.
 
-    The options are those of :func:`add_config_arguments` and
-    :func:`add_run_arguments`. It raises as :func:`load_config`.
+    The options are those of :func:`add_config_arguments` and :func:`add_run_arguments`.
+    It raises the errors of :func:`load_config`.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = load_config(args.config, args.cfg_options)
@@ -218,10 +218,10 @@ def check_toolbox(cfg: Config, name: str) -> None:
 
 
 def scale_learning_rate(cfg: Config) -> None:
-    """Have MMEngine scale the learning rate by the batch.
+    """Let MMEngine scale the learning rate by the batch size.
 
     Raises:
-        LaunchError: If the config does not say for which batch the rate was chosen.
+        LaunchError: If the config does not name the batch size of its learning rate.
     """
     if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
         raise LaunchError(
@@ -232,8 +232,8 @@ def scale_learning_rate(cfg: Config) -> None:
 
 
 def log_for_tensorboard(cfg: Config) -> None:
-    """Add TensorBoard's files to what a run logs."""
-    if not cfg.get('visualizer'):  # what MMEngine takes then
+    """Add TensorBoard to the log of a run."""
+    if not cfg.get('visualizer'):  # MMEngine's default
         backends = [dict(type='LocalVisBackend')]
         cfg.visualizer = dict(type='Visualizer', vis_backends=backends)
     backends = list(cfg.visualizer.get('vis_backends') or [])
@@ -241,29 +241,29 @@ def log_for_tensorboard(cfg: Config) -> None:
 
 
 def choose_start(cfg: Config, resume: Optional[str]) -> Optional[Latest]:
-    """Write into a config which checkpoint the run continues from, and its seed.
+    """Set the checkpoint from which a run continues, and its seed, in the config.
 
-    All processes of a distributed run call it together.
+    All processes of a distributed run must call it.
 
     Args:
         cfg (Config): Changed in place.
-        resume (str, optional): ``'auto'`` for the newest whole one of the work
-            folder, if there is one; a path; or None for what the config says.
+        resume (str, optional): A path, ``'auto'`` for the newest complete checkpoint in
+            the work folder, if there is one, or None for the setting of the config.
 
     Raises:
-        CheckpointError: If the checkpoint, or all of the work folder, are damaged.
+        CheckpointError: If the checkpoint, or all in the work folder, are damaged.
     """
     if resume is None and cfg.get('resume') and not cfg.get('load_from'):
         resume = 'auto'
     if resume is None:
         return None
     latest = choose_checkpoint(cfg.work_dir, resume)
-    # a job that is restarted again and again begins with load_from, once
+    # a restarted job must not begin with load_from again
     cfg.resume = latest is not None
     if latest is None:
         return None
     cfg.load_from = latest.path
-    # without a seed of its own the run would draw its data in another order
+    # without a seed, the run would draw its data in another order
     own_seed = cfg.get('randomness', {}).get('seed')
     if own_seed is None and latest.seed is not None:
         cfg.merge_from_dict({'randomness.seed': latest.seed})
@@ -276,16 +276,16 @@ def check_start(
     latest: Optional[Latest] = None,
     exact: Optional[bool] = None,
 ) -> None:
-    """Refuse a checkpoint of which MMEngine would load less than is meant.
+    """Check that MMEngine will load all that is needed of a checkpoint.
 
-    All processes of a distributed run call it together.
+    All processes of a distributed run must call it.
 
     Args:
         runner (Runner | FlexibleRunner): Before ``train()`` or ``test()``.
-        cfg (Config): The config that it was built from.
-        latest (Latest, optional): What :func:`choose_start` returned.
-        exact (bool, optional): Whether the checkpoint must fit the whole model, as for
-            a test. Default: None, which is for a training: if it is resumed.
+        cfg (Config): The config of the runner.
+        latest (Latest, optional): The result of :func:`choose_start`.
+        exact (bool, optional): Whether the checkpoint must fit the whole model.
+            Default: None, true for a training that is resumed.
 
     Raises:
         CheckpointError: If the checkpoint does not fit the model.
@@ -294,7 +294,7 @@ def check_start(
     if not start:
         return
     model = runner.model
-    if not isinstance(model, nn.Module):  # FlexibleRunner builds it later
+    if not isinstance(model, nn.Module):  # FlexibleRunner builds the model later
         with fork_rng():
             model = MODELS.build(copy.deepcopy(model))
     if exact is None:
@@ -305,12 +305,12 @@ def check_start(
 def check_before_run(
     cfg: Config, args: argparse.Namespace, stage: str
 ) -> list[tuple[int, str]]:
-    """Look for what stands in the way of a run, on the first process of a machine.
+    """Check config and data on the first process of a machine, by :func:`check_config`.
 
-    It is what :func:`check_config` does, unless ``args.no_preflight`` is set. Its
-    report is for :func:`build_runner`, which logs it.
+    It does nothing if ``args.no_preflight`` is set. Pass the report to
+    :func:`build_runner`, which logs it.
     """
-    if args.no_preflight or not on_first_process():
+    if args.no_preflight or not is_first_local_process():
         return []
     return check_config(cfg, stage)
 
@@ -318,13 +318,12 @@ def check_before_run(
 def build_runner(
     cfg: Config, notes: list[tuple[int, str]], runner_type: type[Runner] = Runner
 ) -> Any:
-    """Make the Runner; the process group, if needed, must be there.
+    """Build the Runner; if a process group is needed, it must exist.
 
     Args:
         cfg (Config): The whole config.
-        notes (list[tuple[int, str]]): Level and text of what goes into the Runner's
-            log.
-        runner_type (type[Runner]): Where the config has no ``runner_type``.
+        notes (list[tuple[int, str]]): Levels and texts to log.
+        runner_type (type[Runner]): Used if the config has no ``runner_type``.
     """
     own = 'runner_type' in cfg
     runner = RUNNERS.build(cfg) if own else runner_type.from_cfg(cfg)
@@ -332,25 +331,25 @@ def build_runner(
     return runner
 
 
-def on_first_process() -> bool:
-    """Whether this is the first process of its machine, before any group exists."""
+def is_first_local_process() -> bool:
+    """Whether this is the first process of its machine; needs no process group."""
     names = ('LOCAL_RANK', 'SLURM_LOCALID', 'OMPI_COMM_WORLD_LOCAL_RANK')
     return not any(int(os.environ.get(name, 0)) > 0 for name in names)
 
 
 def start_process_group(cfg: Config) -> None:
-    """Start the process group of a launcher, with gloo where there is no accelerator.
+    """Start the process group of a launcher, with gloo if there is no accelerator.
 
-    MMEngine's launchers assume one; the Runner takes a process group that exists
-    already as it is.
+    MMEngine's launchers need an accelerator, but the Runner accepts a process group
+    that exists.
 
     Args:
-        cfg (Config): With ``launcher``; nothing happens if it is ``'none'``. Without an
-            accelerator ``env_cfg``, ``model_wrapper_cfg`` and SyncBN are changed.
+        cfg (Config): With ``launcher``. If it is ``'none'``, nothing happens. Without
+            an accelerator, ``env_cfg``, ``model_wrapper_cfg`` and SyncBN are changed.
 
     Raises:
-        LaunchError: If there are more processes than GPUs, or if a launcher other
-            than ``pytorch`` is used without an accelerator.
+        LaunchError: If there are more processes than GPUs, or if a launcher other than
+            ``pytorch`` is used without an accelerator.
     """
     if cfg.launcher == 'none':
         return
@@ -366,7 +365,7 @@ def start_process_group(cfg: Config) -> None:
                 'Start as many processes as GPUs (CUDA_VISIBLE_DEVICES limits them).'
             )
     env_cfg = cfg.get('env_cfg') or {}
-    # first, since init_dist sets a start method that the Runner warns of
+    # before init_dist, which sets a start method that the Runner warns about
     set_multi_processing(**env_cfg.get('mp_cfg', {}), distributed=True)
     init_dist(cfg.launcher, **env_cfg.get('dist_cfg', {}))
 
@@ -395,7 +394,7 @@ def _prepare_for_cpus(cfg: Config) -> None:
         'model_wrapper_cfg',
         dict(
             type='MMDistributedDataParallel',
-            device_ids=None,  # what DistributedDataParallel wants on a CPU
+            device_ids=None,  # as DistributedDataParallel needs on CPUs
             broadcast_buffers=False,
             find_unused_parameters=cfg.get('find_unused_parameters', False),
         ),
@@ -403,9 +402,9 @@ def _prepare_for_cpus(cfg: Config) -> None:
 
 
 def end_process_group(status: int = 0) -> None:
-    """End the processes of a group, if there is one, after their work is done.
+    """End the process group, if there is one, after the run.
 
-    With gloo it does not return, and ends the process with ``status``.
+    With gloo it does not return, but ends the process with ``status``.
     """
     _end_if_gloo(status)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -413,11 +412,11 @@ def end_process_group(status: int = 0) -> None:
 
 
 def _end_if_gloo(status: int) -> None:
-    """End this process of a gloo group without Python's own end.
+    """End this process of a gloo group without Python's own shutdown.
 
-    While Python ends, gloo's threads at times abort the process ("terminate called
-    without an active exception") and so the whole finished job. What is registered for
-    the end is called.
+    During Python's shutdown, threads of gloo sometimes abort the process ("terminate
+    called without an active exception"), and so the finished job. Functions of atexit
+    are called.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return

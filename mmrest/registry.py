@@ -1,9 +1,8 @@
-"""What the scope ``mmrest`` means to MMEngine's registries.
+"""The scope ``mmrest`` in MMEngine's registries.
 
-MMEngine marks what a config inherits from ``mmrest::`` with ``_scope_='mmrest'``, and
-imports this module when it builds such a part. The configs of mmrest are configs of
-mmdet, mmseg or mmpretrain. So a name is looked up in the toolbox that the config's
-``default_scope`` names.
+MMEngine marks parts that a config inherits from ``mmrest::`` with ``_scope_='mmrest'``,
+and imports this module to build them. The configs of mmrest are configs of mmdet, mmseg
+or mmpretrain, so names are looked up in the toolbox of the config's ``default_scope``.
 """
 
 from typing import Optional
@@ -15,14 +14,13 @@ SCOPE = 'mmrest'
 
 
 class ToolboxRegistry(Registry):
-    """Hands each name on to the registry of the toolbox that is in use."""
+    """Looks names up in the registry of the toolbox in use."""
 
     def get(self, key: str) -> Optional[type]:
         """Find a class by its name, with or without a scope; None if there is none.
 
         Raises:
-            KeyError: If no default scope is set, nothing that is being built around
-                this part belongs to one toolbox alone, and several toolboxes have
+            KeyError: If it is unknown which toolbox is in use, and several have
                 different classes of this name.
         """
         scope, name = self.split_scope_key(key)
@@ -34,7 +32,7 @@ class ToolboxRegistry(Registry):
                 found = registry.get(name)
             if found is not None:
                 return found
-        # a model of another toolbox than was in use, named to a hub or an inferencer
+        # a hub or an inferencer may build a model of another toolbox
         return self._get_from_any(name)
 
     def _get_from_any(self, name: str) -> Optional[type]:
@@ -52,7 +50,7 @@ class ToolboxRegistry(Registry):
         if not classes:
             return super().get(name)
         toolbox, found = next(iter(classes.items()))
-        # a MaskRCNN is mmdet's, so what it is built of is looked up in mmdet
+        # a MaskRCNN is from mmdet, so its parts are looked up there
         current = DefaultScope.get_current_instance()
         if len(classes) == 1 and current is not None:
             current.toolbox = toolbox
@@ -60,7 +58,7 @@ class ToolboxRegistry(Registry):
 
 
 def _toolbox_in_use() -> Optional[str]:
-    """The default scope below the ``mmrest`` that MMEngine set for a moment."""
+    """The default scope under the ``mmrest`` that MMEngine has set temporarily."""
     for scope in reversed(list(DefaultScope._instance_dict.values())):
         if scope.scope_name != SCOPE:
             return scope.scope_name

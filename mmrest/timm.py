@@ -5,15 +5,15 @@
     model = timm.create_model('rest_base', pretrained=True, num_classes=10)
     backbone = timm.create_model('restv2_tiny', features_only=True)
 
-They are built by timm's own builder, so its options hold: ``num_classes``,
-``in_chans``, ``drop_path_rate``, ``features_only``, ``out_indices`` and others, and
-those of :class:`mmrest.ResT` and :class:`mmrest.ResTV2`, such as ``attn_impl``.
-``pretrained=True`` reads ``pretrained/<name>.pth``, which ``python -m mmrest.weights``
-puts there; ``pretrained='x.pdparams'`` any other file that
-:func:`mmrest.checkpoint.load_pretrained` reads.
+They take the options of ``timm.create_model``, such as ``num_classes``, ``in_chans``,
+``drop_path_rate``, ``features_only`` and ``out_indices``, and those of
+:class:`mmrest.ResT` and :class:`mmrest.ResTV2`, such as ``attn_impl``.
+``pretrained=True`` loads ``pretrained/<name>.pth``, which ``python -m mmrest.weights``
+downloads; ``pretrained='x.pdparams'`` loads any file that
+:func:`mmrest.checkpoint.load_pretrained` can read.
 
-The features are the plain maps of the stages, as they are in the classifier. The
-detectors of this package normalise them, which ``type='ResT'`` does.
+The features are the maps of the stages as in the classifier. For the normalised maps of
+the detectors, use ``type='ResT'``.
 """
 
 from typing import Any, Union
@@ -36,7 +36,7 @@ NUM_CLASSES = 1000
 
 
 class _Classifier(rest.BaseResT):
-    """What timm expects of a classifier, around a generation of ResT."""
+    """The interface that timm expects of a classifier."""
 
     _options: dict[str, Any] = {}
 
@@ -67,7 +67,7 @@ class _Classifier(rest.BaseResT):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Draw the weights, once: a model around this one may ask again."""
+        """Draw the weights once; an outer model may call this again."""
         if not self._is_init:
             super().init_weights()
             self._is_init = True
@@ -77,7 +77,7 @@ class _Classifier(rest.BaseResT):
 
     def reset_classifier(self, num_classes: int, global_pool: str = 'avg') -> None:
         self.num_classes = num_classes
-        # without pooling, as other libraries ask for, the map stays one
+        # some libraries ask for no pooling, and then need the map
         self.global_pool = SelectAdaptivePool2d(
             pool_type=global_pool, flatten=bool(global_pool)
         )
@@ -91,7 +91,7 @@ class _Classifier(rest.BaseResT):
             self.stage(i).with_cp = enable
 
     def load_pretrained(self, path: str) -> None:
-        """Load a published file; a head of other classes stays as it was drawn."""
+        """Load a published file; a head with other classes keeps its weights."""
         head = self.head
         if self.num_classes != NUM_CLASSES:
             self.head = nn.Identity()
@@ -124,14 +124,14 @@ class _Classifier(rest.BaseResT):
         output_fmt: str = 'NCHW',
         intermediates_only: bool = False,
     ) -> Union[list[Tensor], tuple[Tensor, list[Tensor]]]:
-        """The maps of the stages; ``norm`` normalises that of the last one."""
+        """Return the maps of the stages; ``norm`` normalises that of the last one."""
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt must be 'NCHW', found {output_fmt!r}")
         wanted, last = feature_take_indices(self.num_stages, indices)
         x = self.take_image(x)
         maps = []
         for i in range(last + 1 if stop_early else self.num_stages):
-            x = self.enter(i, x)
+            x = self.embed(i, x)
             size = (x.shape[2], x.shape[3])
             tokens = self.stage(i)(to_tokens(x), size)
             x = to_map(tokens, size)
@@ -146,10 +146,10 @@ class _Classifier(rest.BaseResT):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Drop what the wanted maps do not need."""
+        """Remove the layers that the requested maps do not need."""
         wanted, last = feature_take_indices(self.num_stages, indices)
         for i in range(last + 1, self.num_stages):
-            delattr(self, self.entry_names[i])
+            delattr(self, self.embed_names[i])
             delattr(self, f'stage{i + 1}')
         self.num_stages = last + 1
         if prune_norm or self.num_stages < NUM_STAGES:

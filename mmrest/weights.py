@@ -1,13 +1,13 @@
-"""Published ImageNet weights, put where the configs look for them::
+"""Download published ImageNet weights to where the configs expect them::
 
-    python -m mmrest.weights rest_base    # becomes pretrained/rest_base.pth
+    python -m mmrest.weights rest_base    # writes pretrained/rest_base.pth
     python -m mmrest.weights --list
 
-In this order: where the files are, fetching, checking, the command line.
+The order is: sources, download, checks, command line.
 
-The authors offer their files on Baidu, which a program cannot download from, and those
-of ResT in a folder of Google Drive too. PaddleViT's port offers ResT and ResTV2 there,
-and evaluated them again.
+The authors offer their files on Baidu, from which a program cannot download, and those
+of ResT also on Google Drive. PaddleViT offers its converted files of ResT and ResTV2 on
+Google Drive, and has evaluated them again.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from .checkpoint.reading import is_url
 from .models import ResT, ResTV2
 from .utils.text import shorten
 
-# ---------------------------------------------------------------- where the files are
+# ---------------------------------------------------------------- sources
 
 FOLDER = 'pretrained'
 DRIVE = 'https://drive.google.com'
@@ -48,16 +48,17 @@ ORIGINS = dict(
 
 
 class Source(NamedTuple):
-    """Where a program finds a file.
+    """A file that a program can download.
 
     Attributes:
         origin (str): A key of ``ORIGINS``.
-        drive_id (str): Of a file on Google Drive, or of a folder.
+        drive_id (str): Id of a file or folder on Google Drive.
         suffix (str): The format: ``'.pth'`` or ``'.pdparams'``.
-        top1 (float, optional): ImageNet top-1 in percent that was measured there.
-        is_folder (bool): Whether the file must be looked up in a folder.
-        size (int, optional): Of the file in bytes, if it is known.
-        sha256 (str, optional): Of the file, if it is known.
+        top1 (float, optional): ImageNet top-1 in percent, as measured by the origin.
+        is_folder (bool): Whether ``drive_id`` is a folder, in which the file is
+            searched.
+        size (int, optional): Expected size of the file in bytes.
+        sha256 (str, optional): Expected SHA-256 of the file.
     """
 
     origin: str
@@ -134,8 +135,8 @@ MODELS: dict[str, Model] = {
     'restv2_large_384': Model('ResTV2', 'large', 85.4, '1dlxiWexb9mho63WdWS8nXg'),
 }
 
-# Detectors and segmentors, which are on Baidu alone. The authors' table gives the two
-# Mask R-CNN of size small the same link.
+# Detectors and segmentors, which are only on Baidu. In the authors' table, the two
+# Mask R-CNN of size small have the same link.
 BAIDU_ONLY = {
     'retinanet_rest_small': '13YXVRQeNcF_3Txns8eJzZw',
     'retinanet_rest_base': '1hMRM5YEIGsfWfvqbuC7JWA',
@@ -151,11 +152,11 @@ BAIDU_ONLY = {
 
 
 class WeightsError(CheckpointError):
-    """Weights could not be had; what was there before is as it was."""
+    """Weights could not be downloaded; existing files are unchanged."""
 
 
 def advise(path: Union[str, os.PathLike]) -> str:
-    """Say which command puts a missing file in place; empty if it is no model here."""
+    """Name the command that downloads a missing file; empty if the file is unknown."""
     name, folder = Path(path).stem, os.path.dirname(path) or '.'
     if Path(path).suffix != '.pth' or name not in (*MODELS, *BAIDU_ONLY):
         return ''
@@ -165,9 +166,9 @@ def advise(path: Union[str, os.PathLike]) -> str:
     return f'`python -m mmrest.weights {name}{option}` fetches this file.'
 
 
-# ---------------------------------------------------------------- fetching
+# ---------------------------------------------------------------- download
 
-_ATTEMPTS = 3  # to go on where a connection broke
+_ATTEMPTS = 3  # to continue after a broken connection
 _TIMEOUT = 60  # seconds without an answer
 _UNFINISHED = '.unfinished'
 _KEPT = 'What was received is kept, and the same command goes on from there.'
@@ -179,27 +180,27 @@ def fetch(
     origin: Optional[str] = None,
     start: Optional[str] = None,
 ) -> Path:
-    """Put the file of an ImageNet model in place, unless it is there.
+    """Download the file of an ImageNet model, unless it exists.
 
-    It gets its name once it is whole and every name and shape in it fits the model with
-    its classifier. It holds the tensors alone, under the published names. A download
-    that broke off is continued by the next call.
+    The file is complete, and all names and shapes fit the model with its classifier. It
+    holds only the tensors, under the published names. An interrupted download is
+    continued by the next call.
 
     Args:
         name (str): A key of ``MODELS``.
-        folder (str | Path): Where it is put, as ``<name>.pth``.
-            Default: ``'pretrained'``.
-        origin (str, optional): The only source to try, a key of ``ORIGINS``.
-            Default: None, all in turn.
-        start (str, optional): A file or URL to take instead: ``.pth``, ``.pdparams``
-            or ``.safetensors``. Default: None.
+        folder (str | Path): Folder of the file ``<name>.pth``. Default:
+            ``'pretrained'``.
+        origin (str, optional): The only source to try, a key of ``ORIGINS``. Default:
+            None, all in turn.
+        start (str, optional): A file or URL to use instead: ``.pth``, ``.pdparams`` or
+            ``.safetensors``. Default: None.
 
     Returns:
         Path: The file.
 
     Raises:
-        WeightsError: If it cannot be had, or is there and does not fit. Nothing that
-            was there is changed.
+        WeightsError: If it cannot be downloaded, or exists and does not fit. Existing
+            files are unchanged.
     """
     if name not in MODELS:
         raise WeightsError(_unknown(name))
@@ -239,7 +240,7 @@ def _fetch_from(source: Source, path: Path, name: str) -> None:
     folder = path.parent / _UNFINISHED
     file = folder / f'{name}-{Path(source.origin).stem}{source.suffix}'
     with _one_at_a_time(path.parent):
-        if path.exists():  # another process fetched it meanwhile
+        if path.exists():  # another process has downloaded it
             check(path, name)
             return
         try:
@@ -258,7 +259,7 @@ def _fetch_from(source: Source, path: Path, name: str) -> None:
 
 
 def _import_gdown() -> tuple[Any, Any]:
-    """The package, and the module of its errors."""
+    """Import the package and the module of its errors."""
     try:
         errors: Any = import_module('gdown.exceptions')
         _ = errors.FileURLRetrievalError, errors.DownloadError  # since 6.5
@@ -272,7 +273,7 @@ def _import_gdown() -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Let other processes that fetch into the folder wait, as the ranks of a run do."""
+    """Lock a folder, for example against other ranks of a run."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
@@ -303,12 +304,12 @@ def _download(source: Source, file: Path, name: str, gdown: Any, errors: Any) ->
             except errors.FileURLRetrievalError:
                 raise
             except errors.DownloadError as error:
-                if 'byte range' in str(error):  # the source cannot continue
+                if 'byte range' in str(error):  # the server cannot continue
                     for part in file.parent.glob(f'{file.name}*.part'):
                         part.unlink()
                 if attempt == _ATTEMPTS - 1:
                     raise
-    except Exception as error:  # of requests, or of a page that gdown does not know
+    except Exception as error:  # of requests, or gdown at an unknown page
         raise WeightsError(_reason(error, file, errors)) from error
 
 
@@ -333,7 +334,7 @@ def _find_in_folder(gdown: Any, source: Source, name: str) -> str:
 
 
 def _reason(error: Exception, file: Path, errors: Any) -> str:
-    """Say in short why a download failed."""
+    """Explain briefly why a download failed."""
     requests: Any = import_module('requests')
     if isinstance(error, errors.FileURLRetrievalError):
         return (
@@ -354,26 +355,26 @@ def _reason(error: Exception, file: Path, errors: Any) -> str:
 
 
 def _put_in_place(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write the tensors alone, so that MMEngine, timm and others read them too."""
+    """Write only the tensors, so that MMEngine, timm and others can read the file."""
     buffer = io.BytesIO()
     torch.save(tensors, buffer)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as beside:
-            Path(beside).write_bytes(buffer.getbuffer())
+        with atomic_path(path) as temporary:
+            Path(temporary).write_bytes(buffer.getbuffer())
     except OSError as error:
         raise WeightsError(
             f'{path} could not be written: {error.strerror}. Nothing of it is there.'
         ) from error
 
 
-# ---------------------------------------------------------------- checking
+# ---------------------------------------------------------------- checks
 
 
 def check(path: Union[str, os.PathLike], name: str) -> dict[str, Tensor]:
-    """Check every name and shape of a file against the model with its classifier.
+    """Check all names and shapes of a file against the model with its classifier.
 
-    ``name`` is a key of ``MODELS``. The tensors come with the published names.
+    ``name`` is a key of ``MODELS``. Returns the tensors under the published names.
 
     Raises:
         CheckpointError: If it cannot be read or does not fit.
@@ -383,14 +384,14 @@ def check(path: Union[str, os.PathLike], name: str) -> dict[str, Tensor]:
     found = compare(tensors, tensors_of(model))
     problems = [*found.problems, *describe_defects(found.fitting)]
     if problems:
-        # of another generation nearly every name differs
+        # of the other generation, nearly all names differ
         text = ' '.join(explain(model, tensors) or problems)
         raise WeightsError(f'{path} is not {name}. {text}')
     return tensors
 
 
 def _classifier(published: Model) -> nn.Module:
-    """The model of an ImageNet file, without values."""
+    """Build the model of an ImageNet file, without values."""
     with torch.device('meta'):
         model: nn.Module
         if published.kind == 'ResT':
@@ -413,7 +414,7 @@ def _check_bytes(file: Path, source: Source) -> None:
         )
 
 
-# ---------------------------------------------------------------- the command line
+# ---------------------------------------------------------------- command line
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -469,7 +470,7 @@ def _table() -> Iterator[str]:
 
 
 def _use(name: str) -> str:
-    """The command for a detector or segmentor."""
+    """The command for the file of a detector or segmentor."""
     if name.startswith('upernet'):
         config = f'upernet/{name[8:]}_upernet_160k_ade20k_512x512.py'
         return f'python tools/test.py configs/{config} FILE'

@@ -1,18 +1,18 @@
-"""Checkpoints: read safely, load exactly, choose one to resume, write whole.
+"""Checkpoints: read safely, load completely, choose one to resume, write atomically.
 
 =======================  ====================================================
-``reading.py``           a file or URL becomes the object that it holds
-``safetensors_files.py`` the format of safetensors
-``paddle_files.py``      the format of PaddlePaddle
+``reading.py``           read a file or URL, with safe loading
+``safetensors_files.py`` files of safetensors
+``paddle_files.py``      files of PaddlePaddle
 ``safe_globals.py``      what safe loading needs for MMEngine's checkpoints
-``url_loaders.py``       safe loading of whatever a process reads
-``state_dict.py``        the tensors in a file, whatever they are wrapped in
-``comparison.py``        those of a file against those of a module
-``loading.py``           tensors go into a module: all that fit, or none
+``url_loaders.py``       safe loading in MMEngine's own loaders
+``state_dict.py``        find the tensors in a checkpoint
+``comparison.py``        compare tensors with those of a module
+``loading.py``           load all tensors that fit, or none
 ``classifier.py``        published classifiers in MMPretrain's model
-``load_from.py``         will MMEngine load what is meant?
-``resume.py``            which checkpoint a run continues from
-``atomic.py``            files that are written whole or not at all
+``load_from.py``         check what MMEngine is about to load
+``resume.py``            choose the checkpoint from which a run continues
+``atomic.py``            write files completely or not at all
 =======================  ====================================================
 """
 

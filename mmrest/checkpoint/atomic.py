@@ -1,8 +1,8 @@
-"""Files that are written whole or not at all, whenever the process is killed.
+"""Write files completely or not at all, even if the process is killed.
 
-A file is written under another name beside its place, brought to the disk, and
-only then given its name, which replaces an older file in one step. Whoever looks,
-before or after a kill or a power failure, finds the old content or the new.
+A file is written under a temporary name in the same folder, synced to the disk, and
+then renamed, which replaces an older file in one step. At any time, also after a kill
+or a power failure, there is either the old content or the new one.
 """
 
 import contextlib
@@ -20,62 +20,62 @@ from .reading import CheckpointError
 
 PathLike = Union[str, os.PathLike]
 
-# what a killed process leaves behind ends in this
+# suffix of the temporary names
 UNFINISHED = '.mmrest-unfinished'
 
-# what torch's zip writer raises instead of an OSError
+# texts in the RuntimeError that torch's zip writer raises instead of an OSError
 _WRITER_ERRORS = ('PytorchStreamWriter', 'inline_container', 'iostream error')
-# of file systems that cannot bring a folder to the disk
+# errors of file systems that cannot sync a folder
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
 
 
 class CheckpointWriteError(CheckpointError):
-    """A checkpoint could not be written; what was there before is whole."""
+    """A checkpoint could not be written; older files are intact."""
 
 
 @contextlib.contextmanager
 def atomic_path(path: PathLike) -> Iterator[str]:
-    """Write a file or folder whole or not at all, from one process.
+    """Write a file or folder completely or not at all, from one process.
 
     Yields:
-        str: The name to write under. When the block is left, what is there gets the
-        name ``path``, in place of what had it; after an exception it is removed.
+        str: The temporary name to write under. When the block ends, it is renamed to
+        ``path``; after an exception it is removed.
     """
     try:
-        yield _beside(path)
+        yield _temporary_name(path)
         _put_in_place(path)
     except BaseException:
-        _remove_quietly(_beside(path))
+        _remove_quietly(_temporary_name(path))
         raise
 
 
 def atomic_write(path: PathLike, content: Union[bytes, memoryview]) -> None:
-    """Write a file whole or not at all; its folder is created.
+    """Write a file completely or not at all, and create its folder.
 
     Raises:
-        CheckpointWriteError: If that fails. An older file is untouched.
+        CheckpointWriteError: If that fails. An older file is intact.
     """
     with _described(path):
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with atomic_path(path) as beside:
-            Path(beside).write_bytes(content)
+        with atomic_path(path) as temporary:
+            Path(temporary).write_bytes(content)
 
 
 def atomic_save(path: str, save: Callable[[str], None]) -> None:
-    """Let a function write a file or folder, whole or not at all.
+    """Let a function write a file or folder, completely or not at all.
 
-    All processes of a distributed run call it together, with the same path. It returns
-    on all of them or raises on all of them, so that none waits for one that has failed.
-    ``save`` is called on each with the name to write under; it may write on the first
-    process only.
+    All processes of a distributed run must call it, with the same path. It returns on
+    all of them or raises on all of them, so that none waits for one that has failed.
+    ``save`` is called on each process with the temporary name. It may write on the
+    first one only.
 
     Raises:
-        CheckpointWriteError: If a process could not write, on every process. An
-            older file or folder is untouched.
+        CheckpointWriteError: On all processes, if one could not write. An older file or
+            folder is intact.
     """
     is_main = is_main_process()
     for step in (
-        lambda: save(_beside(path)),
+        lambda: save(_temporary_name(path)),
         lambda: _put_in_place(path) if is_main else None,  # when all have written
     ):
         problem = None
@@ -84,18 +84,17 @@ def atomic_save(path: str, save: Callable[[str], None]) -> None:
                 step()
         except CheckpointWriteError as error:
             problem = str(error)
-        # every process waits for the others
         problems = [each for each in all_gather_object(problem) if each is not None]
         if problems:
             if is_main:
-                _remove_quietly(_beside(path))
+                _remove_quietly(_temporary_name(path))
             raise CheckpointWriteError(problems[0])
 
 
 def remove_unfinished(folder: PathLike) -> list[str]:
-    """Remove what processes that were killed while writing have left in a folder.
+    """Remove files that killed processes have left unfinished in a folder.
 
-    The names that were removed are returned; subfolders are not looked at.
+    Returns their names. Subfolders are not searched.
     """
     try:
         names = sorted(n for n in os.listdir(folder) if n.endswith(UNFINISHED))
@@ -106,27 +105,27 @@ def remove_unfinished(folder: PathLike) -> list[str]:
     return names
 
 
-def _beside(path: PathLike) -> str:
+def _temporary_name(path: PathLike) -> str:
     return f'{os.fspath(path)}{UNFINISHED}'
 
 
 def _put_in_place(path: PathLike) -> None:
-    """Give what was written beside ``path`` its name, once it is on the disk."""
-    beside = Path(_beside(path))
-    is_folder = beside.is_dir()
-    for part in [*beside.rglob('*'), beside] if is_folder else [beside]:
+    """Sync what was written under the temporary name, and rename it to ``path``."""
+    temporary = Path(_temporary_name(path))
+    is_folder = temporary.is_dir()
+    for part in [*temporary.rglob('*'), temporary] if is_folder else [temporary]:
         _sync(part)
-    if is_folder and os.path.isdir(path):  # a folder replaces an empty one only
+    if is_folder and os.path.isdir(path):  # os.replace needs an empty one
         shutil.rmtree(path)
-    os.replace(beside, path)
+    os.replace(temporary, path)
     _sync(Path(path).absolute().parent)
 
 
 def _sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
+    """Sync a file, or the names in a folder, to the disk."""
     is_folder = path.is_dir()
     if is_folder and os.name == 'nt':
-        return  # Windows opens no folders
+        return  # Windows cannot open folders
     descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -147,7 +146,7 @@ def _remove_quietly(path: str) -> None:
 
 @contextlib.contextmanager
 def _described(path: PathLike) -> Iterator[None]:
-    """Say what an error of writing means; others pass."""
+    """Explain errors of writing; others pass."""
     try:
         yield
     except (OSError, RuntimeError) as error:

@@ -1,8 +1,8 @@
 """Published ImageNet checkpoints in MMPretrain's ``ImageClassifier``.
 
-A published file holds one flat model: ``stem.*`` to ``norm.*`` and ``head.*``, bare
-or under ``model``. MMPretrain's model has the first part under ``backbone.`` and the
-linear layer as ``head.fc``, and MMEngine reads ``state_dict`` alone.
+A published file holds one flat model, ``stem.*`` to ``norm.*`` and ``head.*``, bare or
+under ``model``. MMPretrain has the backbone under ``backbone.`` and the linear layer as
+``head.fc``, and MMEngine only reads ``state_dict``.
 """
 
 from collections.abc import Sequence
@@ -24,11 +24,11 @@ def to_image_classifier(checkpoint: Any) -> dict[str, Tensor]:
     """Rename the tensors of a published classifier.
 
     Args:
-        checkpoint (Any): What was read from a file.
+        checkpoint (Any): The content of a file.
 
     Returns:
-        dict[str, Tensor]: Names and tensors as ``ImageClassifier`` has them; empty
-        if the checkpoint is not of the published form.
+        dict[str, Tensor]: Tensors under the names of ``ImageClassifier``; empty if the
+        checkpoint does not have the published form.
     """
     try:
         tensors = find_state_dict(checkpoint, 'the checkpoint').tensors
@@ -53,14 +53,14 @@ def load_published_classifier(
 ) -> None:
     """Rename a published classifier that ``ImageClassifier`` is about to load.
 
-    For the method ``_checkpoint_filter`` of a backbone, which MMPretrain's
-    ``ImageClassifier`` calls before it loads, be it for ``init_cfg``, ``pretrained``
-    or ``get_model``. The state dict, a published file as it is or one of
-    ``ImageClassifier``, is changed in place.
+    For a backbone's method ``_checkpoint_filter``, which MMPretrain's
+    ``ImageClassifier`` calls before loading for ``init_cfg``, ``pretrained`` or
+    ``get_model``. The state dict is changed in place. It may be a published file or one
+    of ``ImageClassifier``.
 
     Raises:
-        CheckpointError: If nothing of it would be loaded, or the backbone does not
-            fit. MMEngine would warn and leave random weights.
+        CheckpointError: If nothing would be loaded or the backbone does not fit, where
+            MMEngine would warn and keep random weights.
     """
     own = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
     renamed = to_image_classifier(own)
@@ -89,7 +89,7 @@ def load_published_classifier(
                 'The norm before the classification layer has no place in it; with '
                 "ResTV2 set out_norm='final', and let out_indices hold stage 4."
             )
-    else:  # MMEngine and torch report a part that is missing, which may be meant
+    else:  # a missing part may be intended, and MMEngine reports it
         problems = found.problems if found.reshaped else []
     if problems:
         raise CheckpointError(
@@ -102,13 +102,13 @@ def load_published_classifier(
 
 @HOOKS.register_module()
 class PublishedClassifierHook(Hook):
-    """Lets ``load_from`` read a published ImageNet checkpoint as it is.
+    """Lets ``load_from`` read published ImageNet checkpoints.
 
-    Configs of classifiers have it among ``default_hooks``. Other checkpoints pass
-    unchanged.
+    Configs of classifiers have it in ``default_hooks``. Other checkpoints are not
+    changed.
     """
 
-    priority = 'VERY_HIGH'  # before EMAHook, which takes the names for granted
+    priority = 'VERY_HIGH'  # before EMAHook, which needs the new names
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         renamed = to_image_classifier(checkpoint)

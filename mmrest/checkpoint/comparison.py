@@ -1,4 +1,4 @@
-"""The tensors of a file against those of a module: names, shapes, values."""
+"""Compare the tensors of a file with those of a module: names, shapes, values."""
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -13,10 +13,10 @@ COUNTER = 'num_batches_tracked'
 
 
 class Comparison(NamedTuple):
-    """Names and shapes of a file against those of a module."""
+    """The result of comparing a file with a module."""
 
-    fitting: dict[str, Tensor]  # the file's tensors that fit
-    reshaped: list[str]  # names that both have, with different shapes
+    fitting: dict[str, Tensor]  # tensors of the file that fit
+    reshaped: list[str]  # names with different shapes in file and module
     problems: list[str]  # one sentence for each kind of difference
 
 
@@ -29,8 +29,8 @@ def compare(
     """Compare the names and shapes of a file with those of a module.
 
     Args:
-        tensors (dict[str, Tensor]): From the file.
-        target (dict[str, Tensor]): Of the module.
+        tensors (dict[str, Tensor]): Tensors of the file.
+        target (dict[str, Tensor]): Tensors of the module.
         allow_missing (Iterable[str]): What the file may lack, see :func:`matches`.
         allow_unexpected (Iterable[str]): What the module may lack.
     """
@@ -69,7 +69,7 @@ def compare(
 
 
 def describe_defects(tensors: dict[str, Tensor]) -> list[str]:
-    """Say, in at most one sentence, which tensors are not finite."""
+    """Name tensors with values that are not finite, in at most one sentence."""
     broken = [
         name
         for name, tensor in tensors.items()
@@ -86,7 +86,7 @@ def describe_defects(tensors: dict[str, Tensor]) -> list[str]:
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a name is, or lies below, one of the patterns."""
+    """Whether a name is one of the patterns or lies below one."""
     return any(
         fnmatchcase(name, pattern) or fnmatchcase(name, f'{pattern}.*')
         for pattern in (pattern.rstrip('.') for pattern in patterns)
@@ -94,20 +94,20 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def is_counter(name: str) -> bool:
-    """Whether a name is that of a BatchNorm's counter of batches."""
+    """Whether a name is that of a BatchNorm's batch counter."""
     return name.rpartition('.')[2] == COUNTER
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a module, without what is no tensor."""
+    """The tensors in the state dict of a module."""
     return {k: v for k, v in module.state_dict().items() if isinstance(v, Tensor)}
 
 
 def adapt(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A copy of a file's tensors, after submodules changed what they can use.
+    """Copy the tensors of a file, adapted by the submodules that will load them.
 
-    A submodule with a method ``adapt_state_dict(state_dict, prefix)`` may do so, as a
-    learnable position embedding interpolates that of another grid.
+    A submodule may have a method ``adapt_state_dict(state_dict, prefix)``. A learnable
+    position embedding, for example, interpolates one of another size.
     """
     tensors = dict(tensors)
     for name, part in module.named_modules():
@@ -117,10 +117,10 @@ def adapt(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def explain(module: nn.Module, names: Iterable[str]) -> list[str]:
-    """Ask a module what tensors of these names, which do not fit it, may be of.
+    """Ask the submodules to explain names of tensors that do not fit.
 
-    A submodule with a method ``explain_names(names)`` gives a sentence, or an empty
-    text if it knows nothing, as a backbone does for another generation of it.
+    A submodule may have a method ``explain_names(names)`` that returns a sentence or an
+    empty string. A backbone, for example, recognises names of its other generation.
     """
     names, sentences = list(names), []
     for name, part in module.named_modules():

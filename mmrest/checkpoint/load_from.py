@@ -1,9 +1,9 @@
-"""Will MMEngine load what is meant?
+"""Check whether MMEngine will load all of a checkpoint.
 
-MMEngine unwraps ``state_dict`` alone, and what does not fit leads to a warning.
-A checkpoint under ``model`` therefore loads nothing, and training or testing goes on
-with random weights. The tools check ``load_from`` and ``resume`` before a run starts,
-and a backbone what the ``init_cfg`` of a module around it loads.
+MMEngine only unwraps ``state_dict``, and only warns of what does not fit. From a
+checkpoint under ``model`` it loads nothing, and the run continues with random weights.
+The tools check ``load_from`` and ``resume`` before a run starts. A backbone checks the
+weights that it receives from the ``init_cfg`` of an outer module.
 """
 
 import logging
@@ -24,8 +24,8 @@ from .reading import CheckpointError, RefusedError, Source, read_checkpoint
 from .resume import Latest, on_first_process
 from .state_dict import as_mmengine_reads
 
-# of a detector whose backbone comes from a classifier: what ResT and ResTV2 have new,
-# and what the latter does not take over
+# Differences between a detector's backbone and the classifier that it comes from: the
+# output norms of ResT and ResTV2, and the final norm, which ResTV2 does not use
 NEW_IN_BACKBONE = ('backbone.norm[123]', 'backbone.norm_[1234]')
 UNUSED_IN_BACKBONE = ('backbone.norm',)
 
@@ -46,34 +46,35 @@ def check_load_from(
 ) -> None:
     """Check a checkpoint that MMEngine's Runner is about to load.
 
-    All processes of a distributed run call it together. The first one reads a file,
-    and all raise alike.
+    All processes of a distributed run must call it. The first one reads a local file,
+    and all raise the same error.
 
     Args:
         model (nn.Module): The Runner's model, wrapped or not.
-        source (str | Path | Latest): What ``load_from`` or ``resume`` names, or what
-            :func:`choose_checkpoint` returned, which is not read again.
-        exact (bool): True for testing and resuming: names and shapes must be
-            those of the model. False for fine-tuning: heads may differ, which
-            is logged, but ``backbone`` must fit. Default: True.
+        source (str | Path | Latest): The value of ``load_from`` or ``resume``, or the
+            result of :func:`choose_checkpoint`, which is not read again.
+        exact (bool): True for testing and resuming: all names and shapes must fit.
+            False for fine-tuning: heads may differ, which is logged, but ``backbone``
+            must fit. Default: True.
         allow_missing (Sequence[str]): What the file may lack of the backbone if
-            ``exact`` is False. Default: the norms of its outputs.
-        hooks (Sequence[Hook]): The Runner's hooks, of which
-            ``PublishedClassifierHook`` changes what is read. Default: ().
+            ``exact`` is False. Default: its output norms.
+        hooks (Sequence[Hook]): The Runner's hooks. ``PublishedClassifierHook`` changes
+            the checkpoint. Default: ().
 
     Raises:
-        CheckpointError: If the file cannot be read safely, or MMEngine would
-            load nothing or less than is meant.
+        CheckpointError: If the file cannot be read safely, or MMEngine would not load
+            all that is needed.
     """
     model = _unwrapped(model)
-    target = tensors_of(model)  # of a sharded model this takes all processes
-
+    target = tensors_of(model)  # of a sharded model only all processes can do this
     latest = source if isinstance(source, Latest) else Latest(source, None, -1)
     path = latest.path
 
     def check() -> None:
         if latest.state_dict is not None:
-            _judge(model, target, path, latest.state_dict, defects=latest.defects)
+            _check_tensors(
+                model, target, path, latest.state_dict, defects=latest.defects
+            )
             return
         if latest is source and os.path.isdir(path):
             return  # a sharded checkpoint, which MMEngine's strategies read
@@ -82,7 +83,7 @@ def check_load_from(
         except RefusedError as error:
             if not error.is_for_newer_torch:
                 raise
-            # as MMEngine does there, the run goes on; it is no worse than without us
+            # the run continues unchecked, as with MMEngine alone
             print_log(f'Not checked: {error}', logger='current', level=logging.WARNING)
             return
         if isinstance(checkpoint, dict):
@@ -90,27 +91,27 @@ def check_load_from(
                 if isinstance(hook, PublishedClassifierHook):
                     hook.after_load_checkpoint(None, checkpoint)
         allowed = None if exact else allow_missing
-        _judge_content(model, target, path, checkpoint, allowed)
+        _check_content(model, target, path, checkpoint, allowed)
 
     if '://' in os.fspath(path):
-        check()  # to download it takes all processes
+        check()  # downloading involves all processes
     else:
         on_first_process(check)
 
 
 def check_content(model: nn.Module, checkpoint: Any, source: Source) -> None:
-    """Check a checkpoint that was read already, and that MMEngine is about to load.
+    """Check the content of a checkpoint that MMEngine is about to load.
 
     Args:
-        model (nn.Module): What it is for; names and shapes must be those of it.
-        checkpoint (Any): What :func:`read_checkpoint` returned.
-        source (str | Path): Where it came from, for messages.
+        model (nn.Module): The model. All names and shapes must fit it.
+        checkpoint (Any): The result of :func:`read_checkpoint`.
+        source (str | Path): The file or URL, for messages.
 
     Raises:
-        CheckpointError: If MMEngine would load nothing or less than is meant.
+        CheckpointError: If MMEngine would not load all that is needed.
     """
     model = _unwrapped(model)
-    _judge_content(model, tensors_of(model), source, checkpoint)
+    _check_content(model, tensors_of(model), source, checkpoint)
 
 
 def _unwrapped(model: Any) -> nn.Module:
@@ -119,7 +120,7 @@ def _unwrapped(model: Any) -> nn.Module:
     return model
 
 
-def _judge_content(
+def _check_content(
     model: nn.Module,
     target: dict[str, Tensor],
     source: Source,
@@ -128,10 +129,10 @@ def _judge_content(
 ) -> None:
     tensors = as_mmengine_reads(checkpoint, source)
     wrapper = next((k for k in ('model', 'state_dict_ema') if k in checkpoint), '')
-    _judge(model, target, source, tensors, new_in_backbone, wrapper)
+    _check_tensors(model, target, source, tensors, new_in_backbone, wrapper)
 
 
-def _judge(
+def _check_tensors(
     model: nn.Module,
     target: dict[str, Tensor],
     source: Source,
@@ -185,16 +186,16 @@ def check_parent_init(
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
 ) -> None:
-    """Check what the ``init_cfg`` of a module around a backbone loads into it.
+    """Check what the ``init_cfg`` of an outer module loads into a backbone.
 
     For the backbone's ``_load_from_state_dict``. It does nothing unless MMEngine is
-    initialising the model: only then does a part that is missing mean random weights.
-    ``prefix`` is what the names of the backbone begin with, as ``'backbone.'``.
+    initialising the model, since only then a missing part would keep random weights.
+    ``prefix`` is the prefix of the backbone's names, as ``'backbone.'``.
 
     Raises:
-        CheckpointError: If the backbone would not be loaded whole.
+        CheckpointError: If the backbone would not be loaded completely.
     """
-    # BaseModule.init_weights gives it to all parts of the model while it lasts
+    # all parts of a model have this attribute during BaseModule.init_weights
     if not hasattr(backbone, '_params_init_info'):
         return
     tensors = {

@@ -29,7 +29,7 @@ from .comparison import (
 from .reading import CheckpointError, Source, read_checkpoint
 from .state_dict import find_state_dict, prefixes_in
 
-# map_location is MMEngine's; what is read here is read on the CPU
+# map_location is MMEngine's option and has no effect here: files are read on the CPU
 _PRETRAINED_OPTIONS = ('checkpoint', 'prefix', 'map_location', 'adapt_input')
 _INPUT_ADVICE = (
     ' The file is for images of another number of channels: set adapt_input=True '
@@ -40,22 +40,23 @@ _INPUT_ADVICE = (
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a checkpoint gave to a module.
+    """What was loaded from a checkpoint.
 
     Attributes:
         source (str): The file or URL.
         wrapper (str): The key that held the tensors, empty if they were bare.
-        prefix (str): What was taken off the names in the file.
+        prefix (str): The prefix that was removed from the names in the file.
         loaded (tuple[str]): Names of the tensors that were loaded.
-        missing_keys (tuple[str]): Names in the module that the file lacks, as
-            ``allow_missing`` lets it.
-        unexpected_keys (tuple[str]): Names in the file that the module lacks, as
-            ``allow_unexpected`` lets it.
+        missing_keys (tuple[str]): Names that the file lacks, permitted by
+            ``allow_missing``.
+        unexpected_keys (tuple[str]): Names that the module lacks, permitted by
+            ``allow_unexpected``.
         other_parts (tuple[str]): Names in the file outside ``prefix``.
         counters (tuple[str]): BatchNorms' ``num_batches_tracked`` that the file
             lacks, as files from before PyTorch 0.4.1 do.
-        cast (dict[str, int]): How many tensors were stored with another dtype.
-        adapted (str): What was done to the first convolution; empty if nothing.
+        cast (dict[str, int]): Number of tensors that were converted, by their dtype in
+            the file.
+        adapted (str): How the first convolution was adapted; empty if it was not.
     """
 
     source: str
@@ -111,32 +112,31 @@ def load_pretrained(
     logger: Union[logging.Logger, str, None] = 'current',
     adapt_input: bool = False,
 ) -> LoadReport:
-    """Load a checkpoint into a module, and say what was loaded.
+    """Load a checkpoint into a module, and report what was loaded.
 
-    All forms of :func:`read_state_dict` are read. Where the module is a part of
-    what the file holds, as a backbone in a detector, the rest of the file is
-    left alone. Everything else must fit: nothing is copied unless all tensors
-    that the module needs are there with their shapes and finite values, and
-    none is left over. Half precision is converted.
+    All forms of :func:`read_state_dict` are accepted. If the module is a part of the
+    model in the file, such as the backbone of a detector, the rest of the file is
+    ignored. Everything else must fit. Tensors are copied only if the file holds all
+    that the module needs, with the right shapes and finite values, and no others. Half
+    precision is converted.
 
     Args:
-        module (nn.Module): Takes the tensors.
+        module (nn.Module): The module to load into.
         source (str | Path): A file or URL, see :func:`read_checkpoint`.
-        allow_missing (Sequence[str]): Submodules or parameters that the file may
-            lack; ``'norm1'`` stands for all names below it, and ``*`` for any
-            text. A layer is missing as a whole or not at all. Default: ().
-        allow_unexpected (Sequence[str]): The same for what the module lacks.
-            Default: ().
-        prefix (str, optional): What the names in the file begin with, as
-            ``'backbone.'``. Default: None, the known prefix that fits best.
-        logger (logging.Logger | str | None): As in MMEngine's ``print_log``.
-            Default: ``'current'``.
-        adapt_input (bool): Whether the first convolution's weights are adapted to
-            another number of input channels, see :func:`adapt_input_channels`.
-            Default: False.
+        allow_missing (Sequence[str]): Submodules or parameters that the file may lack;
+            ``'norm1'`` stands for all names below it, and ``*`` for any text. A layer
+            may be missing as a whole only. Default: ().
+        allow_unexpected (Sequence[str]): Those that the module may lack. Default: ().
+        prefix (str, optional): Prefix of the names in the file, as ``'backbone.'``.
+            Default: None, the known prefix that fits best.
+        logger (logging.Logger | str | None): As in MMEngine's ``print_log``. Default:
+            ``'current'``.
+        adapt_input (bool): Whether to adapt the weights of the first convolution to
+            another number of input channels, see :func:`adapt_input_channels`. Default:
+            False.
 
     Raises:
-        CheckpointError: If the file cannot be read, or does not fit.
+        CheckpointError: If the file cannot be read or does not fit.
     """
     found = find_state_dict(read_checkpoint(source), source)
     target = tensors_of(module)
@@ -198,17 +198,17 @@ def load_pretrained(
 
 
 def pretrained_options(init_cfg: Any) -> Optional[dict[str, Any]]:
-    """Read an ``init_cfg`` that names a checkpoint and nothing else.
+    """Return the options of an ``init_cfg`` that names a checkpoint and nothing else.
 
-    ``Pretrained`` has ``adapt_input`` as a further option here.
+    Besides MMEngine's options, ``Pretrained`` may have ``adapt_input`` here.
 
     Returns:
         dict | None: ``source``, ``prefix`` and ``adapt_input`` for
-        :func:`load_pretrained`; None if there is something else to be done, which
-        MMEngine does.
+        :func:`load_pretrained`. None for any other ``init_cfg``, which is left to
+        MMEngine.
 
     Raises:
-        TypeError: If it is no such thing, or has other options.
+        TypeError: If it is malformed or has other options.
     """
     cfgs = init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg or {}]
     for cfg in cfgs:
@@ -235,16 +235,16 @@ def pretrained_options(init_cfg: Any) -> Optional[dict[str, Any]]:
 
 
 def adapt_input_channels(weight: Tensor, channels: int) -> Tensor:
-    """Change how many channels a convolution's weight takes, as timm does.
+    """Adapt a convolution's weight to another number of input channels, as timm does.
 
     Args:
         weight (Tensor): Of shape (out, in, kH, kW).
-        channels (int): The new number: 1 sums over the channels, so that a grey
-            image gives what its RGB copy gave; another one repeats them in turn
-            and rescales, so that equal channels give the same sum.
+        channels (int): The new number. 1 sums over the channels, so that a grey image
+            gives the result of its RGB copy. Another number repeats the channels in
+            turn and rescales them, so that equal channels give the same sum.
 
     Returns:
-        Tensor: Of shape (out, channels, kH, kW) and of the same dtype.
+        Tensor: Of shape (out, channels, kH, kW), with the same dtype.
     """
     before = weight.shape[1]
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -289,7 +289,7 @@ def _choose_prefix(
 def _convert(
     fitting: dict[str, Tensor], target: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Convert tensors to the dtypes of the module, if that loses no meaning."""
+    """Convert tensors to the dtypes of the module, within the same kind of numbers."""
     foreign = [
         f'{name} ({_nature(tensor)} for {_nature(target[name])})'
         for name, tensor in fitting.items()
@@ -310,7 +310,7 @@ def _renamed(old: str, new: str, value: tuple[str, ...]) -> tuple[str, ...]:
 def _other_input(
     module: nn.Module, tensors: dict[str, Tensor], target: dict[str, Tensor]
 ) -> str:
-    """Name the first convolution's weight if its input channels alone differ."""
+    """Name the weight of the first convolution if only its input channels differ."""
     convs = (n for n, part in module.named_modules() if isinstance(part, nn.Conv2d))
     name = f'{next(convs, "")}.weight'.lstrip('.')
     if name not in tensors or name not in target:
@@ -340,7 +340,7 @@ def _nature(tensor: Tensor) -> str:
 
 
 def _modules(names: Sequence[str]) -> str:
-    """Name the submodules that parameters belong to, as ``norm1, norm2``."""
+    """Name the submodules of parameters, as ``norm1, norm2``."""
     if all(is_counter(name) for name in names):
         return shorten(names, 2)
     return shorten(dict.fromkeys(name.partition('.')[0] for name in names))

@@ -1,10 +1,10 @@
 """Checkpoints of PaddlePaddle (``.pdparams``), read without PaddlePaddle.
 
 ``paddle.save(model.state_dict(), path)`` writes a pickle of a dict from names to numpy
-arrays. The unpickler here knows such arrays, plain values, and nothing else.
+arrays. The unpickler here accepts such arrays and plain values only.
 
-The names and the linear layers are those of the port of ResT in PaddleViT. They become
-the published ones: ``stages.0.1`` is ``stage1.1``, ``patch_embeds.0`` is
+Names and linear layers are those of PaddleViT's port of ResT. They are converted to the
+published ones: ``stages.0.1`` becomes ``stage1.1``, ``patch_embeds.0`` becomes
 ``patch_embed_2`` (ResT) or ``patch_2`` (ResTV2), and matrices are transposed.
 """
 
@@ -19,7 +19,7 @@ from .safe_globals import ALLOWED, real_dtype, refusal
 
 
 def is_paddle(path: str) -> bool:
-    """Whether a file is of this format, by its name and its first byte."""
+    """Whether a file has this format, by its suffix and first byte."""
     if not path.endswith('.pdparams'):
         return False
     with open(path, 'rb') as file:
@@ -27,11 +27,11 @@ def is_paddle(path: str) -> bool:
 
 
 def read_paddle(path: str, device: Union[str, torch.device] = 'cpu') -> dict[str, Any]:
-    """Read a file, with tensors for arrays and with the names of the published ResT.
+    """Read a file, with tensors instead of arrays and with the published names.
 
     Raises:
         pickle.UnpicklingError: If the file asks for anything but arrays.
-        ValueError: If it holds no dict.
+        ValueError: If it does not hold a dict.
     """
     with open(path, 'rb') as file:
         content = _ArrayUnpickler(file).load()
@@ -40,13 +40,13 @@ def read_paddle(path: str, device: Union[str, torch.device] = 'cpu') -> dict[str
     return _convert(content, device)
 
 
-# Python's own: for a file of a few bytes the one in C would allocate 32 GB of memo
+# In Python, since a file of a few bytes can make the one in C allocate 32 GB
 class _ArrayUnpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Callable:
         function = _FUNCTIONS.get(f'{module}.{name}')
         if function is None:
             raise refusal(f'{module}.{name}')
-        # a new function each time: a pickle can set attributes of what it is given
+        # a new function each time, since a pickle can set its attributes
         return lambda *args: function(*args)
 
     def persistent_load(self, pid: Any) -> Any:
@@ -67,10 +67,10 @@ _FUNCTIONS: dict[str, Callable] = {
     **{name: f for f, name in ALLOWED if name.startswith(('numpy.', 'builtins.bytes'))},
     'numpy.core.numeric._frombuffer': _from_buffer,  # protocol 5
     'numpy._core.numeric._frombuffer': _from_buffer,
-    '_codecs.encode': _encode,  # how protocol 2 holds bytes
+    '_codecs.encode': _encode,  # bytes in protocol 2
     '__builtin__.bytes': bytes,
     'collections.OrderedDict': dict,
-    # of a tensor in a nested dict Paddle pickles tuple((name, array))
+    # Paddle pickles tensors in a nested dict as tuple((name, array))
     'builtins.tuple': tuple,
     '__builtin__.tuple': tuple,
 }

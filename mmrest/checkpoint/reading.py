@@ -1,6 +1,6 @@
-"""From a path or URL to the object that a checkpoint holds, with safe loading.
+"""Read a checkpoint from a path or URL, with safe loading.
 
-In this order: the errors, reading, and what is wrong with a file that cannot be read.
+The order is: errors, reading, and the diagnosis of a file that cannot be read.
 """
 
 import os
@@ -33,18 +33,18 @@ _REFUSALS = (
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be read, or does not fit.
+    """A checkpoint cannot be read or does not fit.
 
     The message says what is wrong, what was found and what to do.
     """
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """There is no such checkpoint, or it cannot be reached."""
+    """A checkpoint does not exist or cannot be reached."""
 
 
 class RefusedError(CheckpointError):
-    """A checkpoint holds an object (``name``) that safe loading refuses."""
+    """Safe loading refuses an object (``name``) in a checkpoint."""
 
     def __init__(self, message: str, name: str = '') -> None:
         super().__init__(message)
@@ -52,30 +52,30 @@ class RefusedError(CheckpointError):
 
     @property
     def is_for_newer_torch(self) -> bool:
-        """Whether it is part of MMEngine's training state, and torch is too old."""
+        """Whether it is part of MMEngine's training state and needs a newer torch."""
         return not mmengine_globals_allowed() and self.name.startswith('mmengine.')
 
 
 def read_checkpoint(source: Source, map_location: Any = 'cpu') -> Any:
-    """Read a checkpoint, with safe loading always on.
+    """Read a checkpoint, always with safe loading.
 
     Args:
-        source (str | Path): A file (of ``torch.save``, of safetensors, or of
-            PaddlePaddle with a name that ends in ``.pdparams``), an ``http(s)://``
-            address (kept in the cache of ``torch.hub``), or a name that MMEngine
-            knows, as ``torchvision://resnet50``.
-        map_location (str | torch.device | dict | callable): As in
-            ``torch.load``. Default: ``'cpu'``.
+        source (str | Path): A file of ``torch.save``, of safetensors, or of
+            PaddlePaddle (``.pdparams``); an ``http(s)://`` address, which is kept in
+            the cache of ``torch.hub``; or an address that MMEngine knows, such as
+            ``torchvision://resnet50``.
+        map_location (str | torch.device | dict | callable): As in ``torch.load``.
+            Default: ``'cpu'``.
 
     Returns:
-        Any: What the file holds, usually a dict. A safetensors file gives
+        Any: The content of the file, usually a dict. A safetensors file gives
         ``state_dict`` and ``meta``.
 
     Raises:
         CheckpointNotFoundError: If there is no such file. It is also a
             ``FileNotFoundError``.
-        CheckpointError: If it is no checkpoint, it is damaged, or it holds objects
-            that safe loading refuses.
+        CheckpointError: If it is not a checkpoint, is damaged, or holds objects that
+            safe loading refuses.
     """
     path = local_file(source)
     if path is None:
@@ -87,9 +87,9 @@ def read_checkpoint(source: Source, map_location: Any = 'cpu') -> Any:
 
 
 def local_file(source: Source) -> Optional[str]:
-    """Find the file in which a checkpoint is, and download it first if need be.
+    """Return the path of a checkpoint's file, after downloading it if needed.
 
-    The path need not exist; it is None if MMEngine has to read it.
+    The path need not exist. It is None for addresses that MMEngine has to read.
     """
     if not isinstance(source, (str, os.PathLike)) or not os.fspath(source):
         raise CheckpointError(
@@ -102,12 +102,12 @@ def local_file(source: Source) -> Optional[str]:
 
 
 def is_url(source: str) -> bool:
-    """Whether a source is an address of the web."""
+    """Whether a source is a web address."""
     return source.startswith(('http://', 'https://'))
 
 
 def read_file(path: str, where: str, map_location: Any = 'cpu') -> Any:
-    """As :func:`read_checkpoint`, of a file that messages call ``where``."""
+    """Like :func:`read_checkpoint`, for a file that messages call ``where``."""
     if os.path.isdir(path):
         raise CheckpointNotFoundError(
             f'the checkpoint {where} is a folder; name the file in it'
@@ -243,10 +243,10 @@ _KINDS = (
 
 
 def _foreign_kind(path: str) -> Optional[str]:
-    """Say what a file is, and what to do, if ``torch.load`` must not be given it.
+    """Say what a file is, and what to do, if it must not be passed to ``torch.load``.
 
-    TorchScript archives and the tar format of PyTorch before 0.4 are among these:
-    they hold code, or cannot be read safely.
+    That includes TorchScript archives, which hold code, and the tar format of PyTorch
+    before 0.4, which cannot be read safely.
     """
     head = _read_head(path)
     if not head:
@@ -285,7 +285,7 @@ def _foreign_kind(path: str) -> Optional[str]:
 
 
 def _why_damaged(path: str, reason: str) -> str:
-    """Say what is wrong with a file that was read in part, and what to do."""
+    """Say what is wrong with a file that cannot be read to its end, and what to do."""
     head = _read_head(path)
     is_zip, is_pickle = head.startswith(b'PK\x03\x04'), head.startswith(b'\x80')
     if is_safetensors(path):

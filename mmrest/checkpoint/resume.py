@@ -1,6 +1,6 @@
-"""Which checkpoint of a work folder a run continues from: the newest whole one.
+"""Choose the checkpoint from which a run continues: the newest complete one.
 
-It is read once, by the first process, which tells the others.
+The first process reads it, once, and tells the others.
 """
 
 import os
@@ -20,7 +20,7 @@ from .state_dict import as_mmengine_reads
 T = TypeVar('T')
 
 NAMES = ('iter_{}.pth', 'epoch_{}.pth')
-# what MMEngine needs to continue a run
+# entries without which MMEngine cannot continue a run
 TRAINING_STATE = ('meta', 'state_dict', 'message_hub')
 
 
@@ -29,25 +29,24 @@ class Latest(NamedTuple):
 
     path: Source  # the file
     seed: Optional[int]  # of the run that wrote it
-    iteration: int  # how far that run was; -1 if not known
+    iteration: int  # its iteration; -1 if unknown
     # why it is not the one that ``last_checkpoint`` names; empty if it is
     warning: str = ''
-    # names and shapes of its weights, on the meta device; None if it was not read in
-    # this process
+    # names and shapes of its weights, on the meta device; None if another process
+    # read it
     state_dict: Optional[dict[str, Tensor]] = None
-    defects: tuple[str, ...] = ()  # what is wrong with the values of the weights
+    defects: tuple[str, ...] = ()  # what is wrong with the values of its weights
 
 
 def choose_checkpoint(work_dir: str, resume: Source = 'auto') -> Optional[Latest]:
-    """Choose the checkpoint to continue from, the same for all processes.
+    """Choose the checkpoint to continue from, the same one for all processes.
 
-    All processes of a distributed run call it together. The first one reads the file,
-    and tells the others.
+    All processes of a distributed run must call it. The first one reads the file.
 
     Args:
         work_dir (str): The folder of the run.
-        resume (str | Path): A path, or ``'auto'`` for what :func:`find_latest` finds.
-            Default: ``'auto'``.
+        resume (str | Path): A path, or ``'auto'`` for the result of
+            :func:`find_latest`. Default: ``'auto'``.
 
     Returns:
         Latest | None: None if nothing was saved yet.
@@ -71,13 +70,12 @@ def choose_checkpoint(work_dir: str, resume: Source = 'auto') -> Optional[Latest
 
 
 def find_latest(work_dir: str) -> Optional[Latest]:
-    """Find the checkpoint with which a run in a work folder continues.
+    """Find the checkpoint from which a run in a work folder continues.
 
-    It is the one that ``last_checkpoint`` names. If that is damaged or gone, it is
-    the newest whole one beside it or in the work folder; the numbers in the names
-    ``iter_*.pth`` and ``epoch_*.pth`` decide, not the time of writing. Whole means
-    that it can be read with safe loading, that its checksums are right, and that it
-    holds the state of a training.
+    It is the one that ``last_checkpoint`` names. If that is damaged or missing, it is
+    the newest complete one in the same folder or in the work folder, by the numbers in
+    the names ``iter_*.pth`` and ``epoch_*.pth``. A checkpoint is complete if safe
+    loading can read it, its checksums are right, and it holds the state of a training.
 
     Args:
         work_dir (str): The folder.
@@ -86,7 +84,7 @@ def find_latest(work_dir: str) -> Optional[Latest]:
         Latest | None: None if nothing was saved yet.
 
     Raises:
-        CheckpointError: If there are checkpoints and none of them is whole.
+        CheckpointError: If there are checkpoints, but no complete one.
     """
     named = _named(work_dir)
     damaged: dict[str, str] = {}
@@ -130,13 +128,13 @@ def find_latest(work_dir: str) -> Optional[Latest]:
 
 
 def inspect_latest(path: Source) -> Latest:
-    """Make sure that a run can continue from a checkpoint.
+    """Check that a run can continue from a checkpoint.
 
-    A folder, which holds a sharded one, or an address is believed.
+    Web addresses and folders, which hold sharded checkpoints, are not checked.
 
     Raises:
-        CheckpointError: If the file is damaged, refused by safe loading, or holds
-            no state of a training.
+        CheckpointError: If the file is damaged, refused by safe loading, or lacks the
+            state of a training.
     """
     path = os.fspath(path)
     if '://' in path or (os.path.isdir(path) and os.listdir(path)):
@@ -172,7 +170,7 @@ def inspect_latest(path: Source) -> Latest:
 
 
 def on_first_process(action: Callable[[], T]) -> T:
-    """Let the first process do something, and give its result, or its error, to all.
+    """Run a function on the first process, and return its result on all.
 
     Raises:
         CheckpointError: On the other processes, if it raised an error on the first.
@@ -194,7 +192,7 @@ def on_first_process(action: Callable[[], T]) -> T:
 
 
 def _check_visible(path: str) -> None:
-    """Make sure that every process sees the same file."""
+    """Check that all processes see the same file."""
     size: object = None
     if '://' in path or os.path.isdir(path):
         size = 'not a file'
@@ -214,7 +212,7 @@ def _check_visible(path: str) -> None:
 
 
 class _ForeignError(CheckpointError):
-    """A checkpoint of weights alone."""
+    """A checkpoint that holds weights only."""
 
 
 def _named(work_dir: str) -> Optional[str]:
@@ -232,7 +230,7 @@ def _named(work_dir: str) -> Optional[str]:
 def _newest_whole(
     folders: set[str], template: str, damaged: dict[str, str]
 ) -> Optional[Latest]:
-    """Inspect the files of a name from the newest on, and note those that fail."""
+    """Inspect numbered files from the newest on, and collect the damaged ones."""
     pattern = r'(\d+)'.join(re.escape(part) for part in template.split('{}'))
     numbered = [
         (int(match[1]), os.path.join(folder, name))
@@ -247,7 +245,7 @@ def _newest_whole(
         try:
             return inspect_latest(path)
         except _ForeignError:
-            continue  # weights that someone put there
+            continue  # weights that the user put there
         except RefusedError:
             raise
         except CheckpointError as error:
@@ -265,7 +263,7 @@ def _missing_state(checkpoint: Any) -> Optional[str]:
 
 
 def _broken_part(path: str) -> Optional[str]:
-    """The first part of a file whose checksum is wrong; torch compares none."""
+    """The first part of a file with a wrong checksum, since torch checks none."""
     options = getattr(torch.serialization, 'get_crc32_options', lambda: True)
     if not options() or not zipfile.is_zipfile(path):
         return None

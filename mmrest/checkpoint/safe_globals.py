@@ -1,16 +1,15 @@
 """What ``torch.load(weights_only=True)`` needs for MMEngine's own checkpoints.
 
-A checkpoint of MMEngine's Runner holds, beside tensors and plain values, the
-history of the losses: ``HistoryBuffer`` objects of numpy arrays, pickled with
-``builtins.getattr`` for the buffers' four methods. torch refuses all of these
-unless they are allow-listed.
+Besides tensors and plain values, a checkpoint of MMEngine's Runner holds the history of
+the losses. It consists of ``HistoryBuffer`` objects with numpy arrays, pickled with
+``builtins.getattr`` for four of their methods. torch refuses all of these unless they
+are allow-listed.
 
-The usual advice is to allow-list the real ones. That is not safe: ``getattr``
-reaches any function, and with ``numpy.dtype`` a file can describe an array of
-objects over bytes of its own choice, so that numpy follows pointers that the file
-made up. So what is allow-listed here under those names are stand-ins that do what
-such a checkpoint needs and nothing else: numeric and text arrays from bytes, and
-the four methods.
+The usual advice is to allow-list the real objects. That is not safe: ``getattr``
+reaches any function. With ``numpy.dtype``, a file can describe an array of objects over
+bytes of its own choice, so that numpy follows forged pointers. Here, stand-ins are
+allow-listed under those names. They only do what such a checkpoint needs: make numeric
+and text arrays from bytes, and return the four methods.
 """
 
 import os
@@ -46,15 +45,15 @@ class _Dtype:
         self.dtype = _plain(np.dtype(code))
 
     def __setstate__(self, state: Any) -> None:
-        # (version, byte order, subarray, names, fields, ...): of a plain type
-        # only the byte order means anything
+        # (version, byte order, subarray, names, fields, ...); for a plain type only
+        # the byte order matters
         if not (isinstance(state, tuple) and state[1:2] in BYTE_ORDERS):
             raise refusal('the state of a numpy dtype')
         self.dtype = self.dtype.newbyteorder(state[1])
 
 
 class _Array(np.ndarray):
-    """An array that takes its content from a pickle only if it is plain data."""
+    """An array that accepts only plain data from a pickle."""
 
     def __new__(cls) -> '_Array':
         return super().__new__(cls, (0,))
@@ -84,7 +83,7 @@ class _ArrayType:
 
 
 class _HistoryBuffer(HistoryBuffer):
-    """Becomes a ``HistoryBuffer`` of two arrays, whatever else a file says."""
+    """Becomes a ``HistoryBuffer`` of two arrays; other state in a file is ignored."""
 
     def __init__(self) -> None:  # called with arguments only by a forged file
         super().__init__()
@@ -113,7 +112,7 @@ def _scalar(dtype: Any, raw: Any = None) -> Any:
     dtype = real_dtype(dtype)
     if not isinstance(raw, bytes) or len(raw) != dtype.itemsize:
         raise refusal('the value of a numpy scalar')
-    # a text of no letters has no bytes to read
+    # np.frombuffer refuses an empty string
     return np.frombuffer(raw, dtype)[0] if raw else dtype.type()
 
 
@@ -129,7 +128,7 @@ def _statistics_method(owner: Any, name: Any) -> Any:
 
 
 def real_dtype(dtype: Any) -> np.dtype:
-    """Return the numpy dtype that a stand-in holds, if it is of plain data."""
+    """Return the numpy dtype of a stand-in, if it is one of plain data."""
     return _plain(dtype.dtype if isinstance(dtype, _Dtype) else dtype)
 
 
@@ -150,7 +149,7 @@ def refusal(what: str) -> pickle.UnpicklingError:
     return pickle.UnpicklingError(f'mmrest refuses {what}')
 
 
-# numpy 2 moved its core; a file names the numpy that wrote it
+# numpy 2 moved its core, and files contain the names of the numpy that wrote them
 ALLOWED: tuple[tuple[Any, str], ...] = (
     (_HistoryBuffer, 'mmengine.logging.history_buffer.HistoryBuffer'),
     (_statistics_method, 'builtins.getattr'),
@@ -161,26 +160,25 @@ ALLOWED: tuple[tuple[Any, str], ...] = (
     (_ArrayType, 'numpy.ndarray'),
     (_Dtype, 'numpy.dtype'),
     (_no_bytes, 'builtins.bytes'),  # how empty data is pickled
-    # made by _reconstruct; torch sets the state of allow-listed types alone
+    # torch sets the state of allow-listed types only
     (_Array, f'{__name__}._Array'),
 )
 
 
 def mmengine_globals_allowed() -> bool:
-    """Whether this torch can allow-list what mmengine's checkpoints hold.
+    """Whether this torch can allow-list the objects in MMEngine's checkpoints.
 
-    torch 2.4 and 2.5 have ``add_safe_globals`` but cannot name a stand-in.
+    torch 2.4 and 2.5 have ``add_safe_globals``, but cannot name a stand-in.
     """
     release = torch.__version__.split('+')[0].split('.')
     return (int(release[0]), int(release[1])) >= (2, 6)
 
 
 def allow_mmengine_checkpoints() -> bool:
-    """Let safe loading read the checkpoints that mmengine's Runner writes.
+    """Let safe loading read the checkpoints that MMEngine's Runner writes.
 
-    Without it, torch 2.6 and later refuse to resume any run of mmengine. It can
-    be called any number of times. Nothing that runs code is allow-listed, see
-    the head of this file; a payload is refused as before.
+    Without it, torch 2.6 and later cannot resume a run of MMEngine. Nothing that runs
+    code is allow-listed, see the top of this file. It may be called repeatedly.
 
     Returns:
         bool: Whether such checkpoints can be read. False before torch 2.6, where
@@ -191,7 +189,7 @@ def allow_mmengine_checkpoints() -> bool:
     if hasattr(mmengine_checkpoint, 'get_torch_safe_globals'):
         return True  # onedl-mmengine allow-lists the real ones while it reads
     present = set(torch.serialization.get_safe_globals())
-    # nor would a mixture with the real ones work, should a user have added them
+    # a mixture with the real ones, should a user have added them, would not work
     if np.dtype not in present and not present.issuperset(ALLOWED):
         torch.serialization.add_safe_globals(list(ALLOWED))
     return True
@@ -199,9 +197,9 @@ def allow_mmengine_checkpoints() -> bool:
 
 @contextmanager
 def stand_ins_only() -> Iterator[None]:
-    """Read with the stand-ins, even where the real ones are allow-listed.
+    """Read with the stand-ins, even if the real objects are allow-listed.
 
-    What else has been allow-listed stays so. No-op before torch 2.6.
+    Other allow-listed objects are kept. It does nothing before torch 2.6.
     """
     if not mmengine_globals_allowed():
         yield
@@ -226,8 +224,8 @@ def _path(item: Any) -> str:
 
 @contextmanager
 def weights_only_forced() -> Iterator[None]:
-    """Have every ``torch.load`` be a safe one, whatever its caller asks for."""
-    # one thread at a time: another's end must not switch safety off here
+    """Make every ``torch.load`` a safe one, whatever its arguments."""
+    # one thread at a time, since another one must not turn safety off at its end
     with _ENVIRONMENT:
         names = (FORCE_SAFE, FORCE_UNSAFE)
         before = {name: os.environ.pop(name, None) for name in names}

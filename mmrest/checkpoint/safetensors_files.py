@@ -1,7 +1,7 @@
-"""Checkpoints in the format of safetensors, by its library, which is optional.
+"""Checkpoints in the format of safetensors; the library is optional.
 
-The format holds tensors and text alone. What a checkpoint has under ``meta`` is kept
-as JSON in the text.
+The format holds tensors and text only. The ``meta`` of a checkpoint is kept as JSON in
+the text.
 """
 
 import json
@@ -26,9 +26,9 @@ def is_safetensors(path: str) -> bool:
 def read_safetensors(
     path: str, device: Union[str, torch.device] = 'cpu'
 ) -> dict[str, dict]:
-    """Read a file: its tensors under ``state_dict``, and ``meta``.
+    """Read the tensors of a file as ``state_dict``, and ``meta``.
 
-    The latter is empty if the file was not written by :func:`safetensors_bytes`.
+    ``meta`` is empty if the file was not written by :func:`safetensors_bytes`.
 
     Raises:
         ImportError: If safetensors is not installed.
@@ -42,9 +42,7 @@ def read_safetensors(
 def safetensors_bytes(
     state_dict: dict[str, torch.Tensor], meta: dict[str, Any]
 ) -> tuple[bytes, list[str]]:
-    """Make the content of a file, and name what was left out of ``meta``.
-
-    That is what JSON does not know.
+    """Return the content of a file, and the keys of ``meta`` that JSON cannot hold.
 
     Raises:
         ImportError: If safetensors is not installed.
@@ -67,7 +65,7 @@ def safetensors_bytes(
 
 
 def _with_ordered_metadata(content: bytes) -> bytes:
-    """Write the entries of the metadata in one order, else the hash is of chance."""
+    """Sort the metadata, so that equal files have equal hashes."""
     end = 8 + int.from_bytes(content[:8], 'little')
     header = json.loads(content[8:end])
     header['__metadata__'] = dict(sorted(header['__metadata__'].items()))

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint, whatever they are wrapped in."""
+"""Find the tensors of a checkpoint."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,40 +10,35 @@ from torch import Tensor
 from ..utils.text import shorten
 from .reading import CheckpointError, Source, read_checkpoint
 
-# If several are there: the averaged weights are those that were evaluated. (In
-# mmengine's own checkpoints with EMA, `state_dict` holds the averaged ones.)
+# In order of preference: averaged weights are those that were evaluated. (MMEngine's
+# own checkpoints with EMA hold them as `state_dict`.)
 WRAPPERS = ('state_dict_ema', 'state_dict', 'model')
-# what DistributedDataParallel, torch.compile, detectors, and detectron2's FPN put
-# before a name
+# of DistributedDataParallel, torch.compile, detectron2's FPN, and detectors
 PREFIXES = ('module.', '_orig_mod.', 'backbone.bottom_up.', 'backbone.')
 
 
 @dataclass(frozen=True)
 class StateDict:
-    """The tensors of a checkpoint and where in it they were."""
+    """The tensors of a checkpoint, and where they were."""
 
-    tensors: dict[str, Tensor]  # the tensors under their names in the file
-    # the keys that led to them, as ``'state_dict'``; empty if the file holds them
-    # bare
-    wrapper: str
-    # entries beside the tensors that are none, with the names of their types
-    others: dict[str, str]
+    tensors: dict[str, Tensor]  # under their names in the file
+    wrapper: str  # the keys that lead to them, as ``'state_dict'``; empty if bare
+    others: dict[str, str]  # entries that are no tensors, with the names of their types
 
 
 def read_state_dict(source: Source, map_location: Any = 'cpu') -> dict[str, Tensor]:
     """Read the tensors of a checkpoint.
 
-    They may be bare or under ``state_dict_ema``, ``state_dict`` or ``model`` (the
-    first of these that is there), beside whatever else a training run saves. A
-    prefix ``module.``, ``_orig_mod.``, ``backbone.`` or ``backbone.bottom_up.``, or
-    several of them, is taken off where every name has it. Where only some have it, as
-    in a detector, the names stay as they are; :func:`load_pretrained` picks the
-    backbone out of these.
+    They may be bare, or under ``state_dict_ema``, ``state_dict`` or ``model``, in this
+    order of preference. The prefixes ``module.``, ``_orig_mod.``, ``backbone.`` and
+    ``backbone.bottom_up.``, and chains of them, are removed if all names have them. If
+    only some have one, as in a detector, the names are kept, and
+    :func:`load_pretrained` selects the backbone.
 
     Args:
         source (str | Path): A file or URL, see :func:`read_checkpoint`.
-        map_location (str | torch.device | dict | callable): As in
-            ``torch.load``. Default: ``'cpu'``.
+        map_location (str | torch.device | dict | callable): As in ``torch.load``.
+            Default: ``'cpu'``.
 
     Returns:
         dict[str, Tensor]: The tensors by name.
@@ -57,7 +52,7 @@ def read_state_dict(source: Source, map_location: Any = 'cpu') -> dict[str, Tens
 
 
 def find_state_dict(checkpoint: Any, source: Source) -> StateDict:
-    """Unwrap the state dict of what :func:`read_checkpoint` gave for ``source``.
+    """Find the state dict in what :func:`read_checkpoint` returned for ``source``.
 
     Raises:
         CheckpointError: If there are no tensors where they are expected.
@@ -89,12 +84,12 @@ def find_state_dict(checkpoint: Any, source: Source) -> StateDict:
 
 
 def as_mmengine_reads(checkpoint: Any, source: Source) -> dict[str, Tensor]:
-    """Find the tensors that MMEngine loads: those under ``state_dict``, or bare.
+    """Find the tensors that MMEngine loads: those under ``state_dict``, or bare ones.
 
-    Their names come without the prefix ``module.``, which it takes off.
+    As MMEngine does, it removes the prefix ``module.``.
 
     Raises:
-        CheckpointError: If it holds something else.
+        CheckpointError: If there is no dict.
     """
     state = checkpoint
     if isinstance(checkpoint, Mapping):
@@ -112,7 +107,7 @@ def as_mmengine_reads(checkpoint: Any, source: Source) -> dict[str, Tensor]:
 
 
 def shared_prefix(names: Any, known: tuple[str, ...] = PREFIXES) -> str:
-    """Find the longest chain of known prefixes that every name begins with."""
+    """Find the longest chain of known prefixes that all names have."""
     prefix = ''
     while True:
         longer = (prefix + part for part in known)
@@ -123,7 +118,7 @@ def shared_prefix(names: Any, known: tuple[str, ...] = PREFIXES) -> str:
 
 
 def prefixes_in(names: Any, known: tuple[str, ...] = PREFIXES) -> list[str]:
-    """List all chains of known prefixes that any name begins with, '' first."""
+    """List all chains of known prefixes that any name has, '' first."""
     chains = ['']
     for chain in chains:  # grows while it is read
         for part in known:

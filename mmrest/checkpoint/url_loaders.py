@@ -1,8 +1,8 @@
-"""Safe loading of whatever a process reads, MMEngine's own loaders included.
+"""Safe loading in MMEngine's own loaders.
 
-MMEngine reads ``http(s)://`` addresses and the names of model zoos through
-``torch.hub``, whose default is to run what a pickle asks for. OneDL's MMEngine does so
-for every file that safe loading refused. The tools of this repository forbid it.
+MMEngine reads ``http(s)://`` addresses and names of model zoos through ``torch.hub``,
+which by default runs the code in a pickle. OneDL's MMEngine does the same with files
+that safe loading refused. The tools of this repository prevent both.
 """
 
 import os
@@ -27,20 +27,20 @@ _SCHEMES = ('', 'http://', 'https://')
 def force_safe_loading() -> bool:
     """Make every reading of a checkpoint in this process and its children a safe one.
 
-    For programs, such as the tools of this repository; importing ``mmrest`` does none
-    of it. Two things are changed, until the process ends:
+    For programs, such as the tools; ``import mmrest`` does not call it. Until the
+    process ends,
 
-    - An environment variable of torch makes every ``torch.load`` a safe one, whatever
-      its caller asks for. A setting to the contrary is dropped with a warning.
-    - MMEngine's loaders of files and of ``http(s)://`` addresses become
-      :func:`read_checkpoint`. So ``load_from`` reads safetensors, and errors say what
+    - an environment variable makes every ``torch.load`` a safe one, whatever its
+      arguments. A variable to the contrary is removed with a warning.
+    - MMEngine's loaders of files and of ``http(s)://`` addresses are replaced by
+      :func:`read_checkpoint`. ``load_from`` thus reads safetensors, and errors say what
       is wrong with a file.
 
-    It can be called any number of times.
+    It may be called repeatedly.
 
     Returns:
         bool: Whether it took effect. False before torch 2.6, where MMEngine's own
-        checkpoints could no longer be resumed.
+        checkpoints could not be resumed any more.
     """
     if not allow_mmengine_checkpoints():
         return False

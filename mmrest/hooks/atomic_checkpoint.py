@@ -1,10 +1,10 @@
-"""Checkpoints that are whole at every moment, and with which a run continues exactly.
+"""Checkpoints that are always complete, and with which a run continues exactly.
 
-MMEngine's ``CheckpointHook`` writes into the file itself and removes the oldest
-checkpoint before, so that a process killed meanwhile leaves half a file, and perhaps
-no other. The hook here has the same options and writes through
-:mod:`mmrest.checkpoint.atomic`. What a resumed run needs beyond MMEngine's own state
-is in :mod:`mmrest.hooks.exact_resume`.
+MMEngine's ``CheckpointHook`` writes into the final file and removes the oldest
+checkpoint before. A process that is killed meanwhile leaves half a file, and perhaps no
+other one. The hook here has the same options, and writes through
+:mod:`mmrest.checkpoint.atomic`. :mod:`mmrest.hooks.exact_resume` handles the state that
+MMEngine does not save.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from ..checkpoint.atomic import atomic_save, atomic_write, remove_unfinished
 from . import exact_resume
 from .nonfinite import check_before_saving
 
-# where a checkpoint has what MMEngine does not save, see exact_resume.py
+# entry of a checkpoint with the state that MMEngine does not save, see exact_resume.py
 RESUME_STATE = 'resume_state'
 
 
@@ -35,36 +35,35 @@ RESUME_STATE = 'resume_state'
 class AtomicCheckpointHook(CheckpointHook):
     """MMEngine's ``CheckpointHook``, safe against a kill at any moment.
 
-    All options of ``CheckpointHook``, and ``schedule_from``. In addition:
+    It has all options of ``CheckpointHook``, and ``schedule_from``. In addition:
 
-    - Checkpoints, best checkpoints, published ones and ``last_checkpoint`` are
-      written whole or not at all. ``last_checkpoint`` is written after the file that
-      it names, and older checkpoints are removed after that. What a killed process
-      was writing is removed when the next training starts in the same folder.
-    - A failing write (disk full, read-only) ends the run on all processes, with
-      the reason; earlier files are untouched.
-    - The random states of all processes are saved and, on resuming, restored right
-      before the first new batch. A validation leaves them as they were, and one that
-      was due after the checkpoint is made first. With a fixed ``randomness.seed`` and
-      as many processes as before, the run then continues bit by bit where the hardware
-      computes the same twice; ``docs/reliability.md`` lists the exceptions.
-    - Resuming says so if the optimizer or the schedules of the config are not those of
-      the checkpoint.
+    - Checkpoints, best checkpoints, published ones and ``last_checkpoint`` are written
+      completely or not at all. ``last_checkpoint`` is written after the file that it
+      names, and older checkpoints are removed after that. Unfinished files of a killed
+      process are removed when the next training starts in the same folder.
+    - If writing fails (disk full, read-only), the run ends on all processes with the
+      reason. Earlier files are intact.
+    - The random states of all processes are saved, and restored right before the first
+      new batch. A validation does not change them. A validation that was due after the
+      checkpoint is done first. With a fixed ``randomness.seed`` and the same number of
+      processes, the resumed run is bitwise equal to an uninterrupted one, if the
+      hardware is deterministic; ``docs/reliability.md`` lists the exceptions.
+    - Resuming warns if the optimizer or the schedules of the config differ from those
+      of the checkpoint.
 
-    Only local files are treated so; with a remote ``backend_args`` or the deprecated
-    ``file_client_args`` MMEngine's own way is taken, with the random states.
+    This applies to local files. With a remote ``backend_args`` or the deprecated
+    ``file_client_args``, MMEngine writes the files, with the random states.
 
     Args:
         *args: As for ``CheckpointHook``.
-        schedule_from (str): Where a resumed run takes the optimizer's settings
-            (learning rate, weight decay, ...) and the schedules from:
-            ``'checkpoint'``, as MMEngine does, or ``'config'``. Default:
-            ``'checkpoint'``.
+        schedule_from (str): Where a resumed run takes the settings of the optimizer
+            (learning rate, weight decay, ...) and the schedules from: ``'checkpoint'``,
+            as MMEngine does, or ``'config'``. Default: ``'checkpoint'``.
         **kwargs: As for ``CheckpointHook``.
 
     Raises:
         CheckpointWriteError: If a file cannot be written.
-        ValueError: If ``schedule_from`` is something else.
+        ValueError: If ``schedule_from`` has another value.
     """
 
     def __init__(
@@ -85,23 +84,23 @@ class AtomicCheckpointHook(CheckpointHook):
         self._postponed: Optional[list] = None
 
     def before_train(self, runner: Runner) -> None:
-        """Clear up after a killed process, and prepare to continue exactly."""
+        """Remove what a killed process left, and prepare to continue exactly."""
         super().before_train(runner)
         self._local = self.file_client_args is None and isinstance(
             self.file_backend, LocalBackend
         )
         if self._local:
-            self.file_backend = _RemovesLater()
+            self.file_backend = _DeferredRemovalBackend()
             if is_main_process():
-                self._clear_up(runner)
+                self._remove_unfinished(runner)
         self._warn_of_accumulation(runner)
         state, self._loaded_state = self._loaded_state, None
-        if state is not None and (runner.iter or runner.epoch):  # load_from: neither
-            self._go_on_after(runner, state)
+        if state is not None and (runner.iter or runner.epoch):  # not with load_from
+            self._continue_after(runner, state)
             exact_resume.continue_exactly(runner, state)
 
     def after_train(self, runner: Runner) -> None:
-        """Publish, and remove what is out of date."""
+        """Publish, and remove outdated checkpoints."""
         super().after_train(runner)
         if self._local:
             self._remove_outdated()
@@ -111,23 +110,23 @@ class AtomicCheckpointHook(CheckpointHook):
         self._before_val = exact_resume.capture()
 
     def after_val(self, runner: Runner) -> None:
-        """Let the training go on as if there had been no validation."""
+        """Restore them, as if there had been no validation."""
         if self._before_val is not None:
             exact_resume.restore(self._before_val)
             self._before_val = None
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Add what is needed to continue exactly; a best checkpoint is not for that."""
+        """Add the state for exact resuming, except to a best checkpoint."""
         if self._saved_state:
             checkpoint[RESUME_STATE] = self._saved_state
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Keep what is needed until all hooks have started, and choose the schedule."""
+        """Keep this state until all hooks have started, and choose the schedule."""
         self._loaded_state = checkpoint.get(RESUME_STATE)
         if runner._resume:
             exact_resume.choose_schedule(runner, checkpoint, self._schedule_from)
 
-    def _clear_up(self, runner: Runner) -> None:
+    def _remove_unfinished(self, runner: Runner) -> None:
         for folder in {str(self.out_dir), runner.work_dir}:
             for name in remove_unfinished(folder):
                 runner.logger.info(
@@ -147,18 +146,18 @@ class AtomicCheckpointHook(CheckpointHook):
                 f'iterations is a multiple of {counts}.'
             )
 
-    def _go_on_after(self, runner: Runner, state: dict) -> None:
-        """Find the latest checkpoint, and remove what the process before was to."""
+    def _continue_after(self, runner: Runner, state: dict) -> None:
+        """Find the latest checkpoint, and finish the removals of the last process."""
         known = runner.message_hub.runtime_info.get('last_ckpt')
         if not (self._local and known and isinstance(state, dict)):
             return
         path = os.path.join(self.out_dir, os.path.basename(known))
-        # a new best checkpoint is noted in the latest, also if that is an old one
+        # saving a best checkpoint updates the latest one, even one of an earlier run
         self.last_ckpt = path if os.path.exists(path) else None
         before, _, after = self.filename_tmpl.partition('{}')
         own = rf'(best_[^/\\]*_)?{re.escape(before)}\d+{re.escape(after)}'
         for name in state.get('outdated', ()):
-            if re.fullmatch(own, str(name)):  # a forged file could name any
+            if re.fullmatch(own, str(name)):  # a forged checkpoint could name any file
                 self.file_backend.remove(os.path.join(self.out_dir, name))
         self._remove_outdated()
 
@@ -181,14 +180,14 @@ class AtomicCheckpointHook(CheckpointHook):
             self._saved_state = {}
 
     def _atomic_save(self, runner: Runner, step: int, meta: dict) -> None:
-        self._note_kept(runner, step)
+        self._update_kept(runner, step)
         path = os.path.join(self.out_dir, self.filename_tmpl.format(step))
         runner.message_hub.update_info('last_ckpt', path)
-        # should the process be killed before it removes them, the next one does
+        # if this process is killed before it removes them, the next one does
         self._saved_state['outdated'] = [
             os.path.basename(outdated) for outdated in self.file_backend.waiting
         ]
-        _WritesWhole(runner).save_checkpoint(
+        _AtomicRunner(runner).save_checkpoint(
             self.out_dir,
             os.path.basename(path),
             save_optimizer=self.save_optimizer,
@@ -200,15 +199,15 @@ class AtomicCheckpointHook(CheckpointHook):
         )
         self.last_ckpt = path
 
-        def name_it(beside: str) -> None:
+        def write_name(temporary: str) -> None:
             if is_main_process():
-                Path(beside).write_text(path)
+                Path(temporary).write_text(path)
 
-        atomic_save(os.path.join(runner.work_dir, 'last_checkpoint'), name_it)
+        atomic_save(os.path.join(runner.work_dir, 'last_checkpoint'), write_name)
         self._remove_outdated()
 
-    def _note_kept(self, runner: Runner, step: int) -> None:
-        """Say which checkpoints are to be kept, and which one no longer."""
+    def _update_kept(self, runner: Runner, step: int) -> None:
+        """Update the list of checkpoints to keep, and mark the outdated ones."""
         if self.max_keep_ckpts <= 0:
             return
         known = list(self.keep_ckpt_ids)
@@ -225,10 +224,10 @@ class AtomicCheckpointHook(CheckpointHook):
         if not (self.save_best and self._local):
             super()._save_best_checkpoint(runner, metrics)
             return
-        # the latest checkpoint, which is to name the best one, comes after it
+        # the latest checkpoint, which names the best one, is written after it
         self._postponed = []
         try:
-            super()._save_best_checkpoint(_WritesWhole(runner), metrics)
+            super()._save_best_checkpoint(_AtomicRunner(runner), metrics)
         finally:
             postponed, self._postponed = self._postponed, None
         for step, meta in postponed:
@@ -236,7 +235,7 @@ class AtomicCheckpointHook(CheckpointHook):
 
     @master_only
     def _publish_model(self, runner: Runner, ckpt_path: str) -> None:
-        """Save a checkpoint with ``published_keys`` only, named by its digest."""
+        """Save the ``published_keys`` of a checkpoint, in a file named by its hash."""
         if not self._local:
             super()._publish_model(runner, ckpt_path)
             return
@@ -253,7 +252,7 @@ class AtomicCheckpointHook(CheckpointHook):
         )
 
     def _remove_outdated(self) -> None:
-        """Remove what newer files, now whole, have replaced."""
+        """Remove files that newer ones, now complete, have replaced."""
         best = list(getattr(self, 'best_ckpt_path_dict', {}).values())
         best.append(getattr(self, 'best_ckpt_path', None))
         self.file_backend.remove_waiting({self.last_ckpt, *best})
@@ -261,7 +260,7 @@ class AtomicCheckpointHook(CheckpointHook):
 
 @HOOKS.register_module()
 class WholeCheckpointHook(AtomicCheckpointHook):
-    """The name that :class:`AtomicCheckpointHook` had before; deprecated."""
+    """Deprecated name of :class:`AtomicCheckpointHook`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         warnings.warn(
@@ -272,8 +271,8 @@ class WholeCheckpointHook(AtomicCheckpointHook):
         super().__init__(*args, **kwargs)
 
 
-class _RemovesLater(LocalBackend):
-    """Local files; what is to be removed is first remembered."""
+class _DeferredRemovalBackend(LocalBackend):
+    """Local files, of which removals are postponed."""
 
     def __init__(self) -> None:
         self.waiting: list[str] = []
@@ -284,7 +283,7 @@ class _RemovesLater(LocalBackend):
     rmtree = remove
 
     def remove_waiting(self, needed: set) -> None:
-        """Remove all of them, on the first process, except those in ``needed``."""
+        """Remove them, on the first process, except those in ``needed``."""
         waiting, self.waiting = self.waiting, []
         if not is_main_process():
             return
@@ -297,8 +296,8 @@ class _RemovesLater(LocalBackend):
                 super().remove(path)
 
 
-class _WritesWhole:
-    """A Runner of which ``save_checkpoint`` writes a file whole or not at all."""
+class _AtomicRunner:
+    """A Runner whose ``save_checkpoint`` is atomic."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
@@ -307,7 +306,8 @@ class _WritesWhole:
         return getattr(self._runner, name)
 
     def save_checkpoint(self, out_dir: str, filename: str, **kwargs: Any) -> None:
-        def save(beside: str) -> None:
-            self._runner.save_checkpoint(out_dir, os.path.basename(beside), **kwargs)
+        def save(temporary: str) -> None:
+            name = os.path.basename(temporary)
+            self._runner.save_checkpoint(out_dir, name, **kwargs)
 
         atomic_save(os.path.join(out_dir, filename), save)

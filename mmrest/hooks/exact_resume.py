@@ -1,7 +1,7 @@
 """Continue a run exactly: random states, a validation that was due, the schedule.
 
-What MMEngine restores itself, the weights, the optimizer and its schedules, and the
-position in the data, is left to it.
+MMEngine itself restores the weights, the optimizer, its schedules and the position in
+the data.
 """
 
 import bisect
@@ -24,9 +24,9 @@ from ..utils.text import shorten
 
 
 def capture() -> dict[str, Any]:
-    """The random states of Python, numpy, torch and this process's GPU.
+    """Return the random states of Python, numpy, torch and this process's GPU.
 
-    They are plain values and tensors, which safe loading reads.
+    They are plain values and tensors, which safe loading accepts.
     """
     numpy: Any = np.random.get_state(legacy=False)
     return dict(
@@ -44,10 +44,10 @@ def capture() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Continue from what :func:`capture` returned.
+    """Restore the random states that :func:`capture` returned.
 
     Raises:
-        CheckpointError: If it is something else.
+        CheckpointError: If ``state`` has another form.
     """
     try:
         name, keys, *rest = state['numpy']
@@ -64,22 +64,22 @@ def restore(state: dict[str, Any]) -> None:
         ) from error
 
 
-# ---------------------------------------------------- where the run before it was
+# ---------------------------------------------------- position of the run
 
 
 def continue_exactly(runner: Runner, state: dict[str, Any]) -> None:
-    """Bring a resumed run, at the end of ``before_train``, to where the saved one was.
+    """Restore the state of a resumed run, at the end of ``before_train``.
 
-    A validation that follows the checkpoint is made again, unless the checkpoint was
-    saved after it: it may find the best checkpoint or change the learning rate.
+    A validation that follows the checkpoint is repeated, since it may find the best
+    checkpoint or change the learning rate, unless the checkpoint was saved after it.
 
     Args:
-        runner (Runner): Resumed.
+        runner (Runner): The resumed runner.
         state (dict): ``random_states`` of all processes, and ``validated``, whether
             the checkpoint was saved after the validation of its iteration.
 
     Raises:
-        CheckpointError: If ``state`` is something else.
+        CheckpointError: If ``state`` has another form.
     """
     try:
         states, validated = list(state['random_states']), bool(state['validated'])
@@ -93,7 +93,7 @@ def continue_exactly(runner: Runner, state: dict[str, Any]) -> None:
         restore(own)
         loop = runner.train_loop
         if runner.iter and hasattr(loop, 'dataloader_iterator'):
-            # an option of OneDL's MMEngine, not to skip
+            # with this option, OneDL's MMEngine does not skip batches
             skip = 0 if getattr(loop, 'fast_forward_on_resume', False) else runner.iter
             loop.dataloader_iterator = _RestoresWhenAdvanced(loop, skip, own)
     else:
@@ -110,7 +110,7 @@ def continue_exactly(runner: Runner, state: dict[str, Any]) -> None:
 def _is_validation_skipped(runner: Runner) -> bool:
     """Whether the checkpoint was saved right before a validation."""
     if runner.message_hub.runtime_info.get('preempted_before_validation'):
-        return False  # PreemptionHook sees to it
+        return False  # PreemptionHook does it
     if isinstance(runner.train_loop, EpochBasedTrainLoop):
         if runner.iter > runner.epoch * len(runner.train_dataloader):
             return False  # within an epoch, see PreemptionHook
@@ -131,11 +131,11 @@ def is_validation_due(runner: Runner, done: int) -> bool:
 
 
 class _RestoresWhenAdvanced:
-    """Stands in for a loop's iterator until the first batch that is new.
+    """Stands in for the iterator of a loop until the first new batch.
 
-    In iteration-based training MMEngine skips the batches that were trained on
-    already after all hooks of the start, and draws random numbers while it does so.
-    In epoch-based training there is nothing to skip.
+    In iteration-based training, MMEngine skips the batches of the earlier run after the
+    ``before_train`` of all hooks, and draws random numbers while it does so. In
+    epoch-based training there is nothing to skip.
     """
 
     def __init__(self, loop: Any, skip: int, state: dict[str, Any]) -> None:
@@ -156,7 +156,7 @@ class _RestoresWhenAdvanced:
         restore(self._state)
         if not hasattr(self._iterator, 'skip_iter'):
             return next(self._iterator)
-        # OneDL's MMEngine starts the data loader only now: its seeds are of its own
+        # OneDL's MMEngine starts the data loader only now, which would draw a seed
         loader = self._loop.dataloader
         generator = loader.generator
         loader.generator = generator or torch.Generator()
@@ -173,20 +173,20 @@ class _RestoresWhenAdvanced:
 
 # --------------------------------------------------- learning rates and schedules
 
-# of a schedule: where it is, rates that follow from the optimizer's, and an option
-# that only prints
+# fields of a schedule that are not settings: its position, rates that follow from the
+# optimizer's, and an option that only prints
 _POSITION = ('last_step', '_global_step', '_last_value', 'base_values', 'verbose')
 
 
 def choose_schedule(runner: Runner, checkpoint: dict, source: str) -> None:
-    """Say which learning rates and schedules a resumed run uses, if it matters.
+    """Choose the learning rates and schedules of a resumed run, and report differences.
 
-    MMEngine uses those of the checkpoint and says nothing, also where the schedules
-    are of other kinds, which ends in an error or in wrong rates. Those of the config
-    are used, with all settings of the optimizer, if ``source`` is ``'config'`` and if
-    the schedules are of other kinds. They are then where they would be if the whole
-    run had had them, and the checkpoint is changed in place. It is called before
-    anything is loaded, and does nothing for several optimizers (``OptimWrapperDict``).
+    MMEngine silently uses those of the checkpoint. If the schedules are of other kinds,
+    that ends in an error or in wrong rates. Here, those of the config and all its
+    optimizer settings are used if ``source`` is ``'config'``, or if the schedules are
+    of other kinds. They are advanced to where they would be if they had been used from
+    the start, and the checkpoint is changed in place. It must be called before anything
+    is loaded. It does nothing for several optimizers (``OptimWrapperDict``).
     """
     wrapper, schedules = runner.optim_wrapper, runner.param_schedulers or []
     saved = checkpoint.get('optimizer')
@@ -197,11 +197,11 @@ def choose_schedule(runner: Runner, checkpoint: dict, source: str) -> None:
     own_schedules = [schedule.state_dict() for schedule in schedules]
     changes: dict[str, str] = {}
     for own, group in pairs:
-        # a value that is scheduled is compared by what it starts from
+        # of a scheduled value, the initial one is compared
         starts = [key for key in own if key.startswith('initial_')]
         scheduled = [key.replace('initial_', '') for key in starts]
         if 'momentum' in scheduled:
-            scheduled.append('betas')  # where Adam has its momentum
+            scheduled.append('betas')  # Adam's momentum
         _compare('', own, group, ['params', *scheduled], changes)
     fits = [one.keys() for one in own_schedules] == [s.keys() for s in saved_schedules]
     if fits:
@@ -243,17 +243,17 @@ def _compare(
 
 
 def _plain(value: Any) -> str:
-    """Counters of milestones as their list."""
+    """Show a counter of milestones as a list."""
     return str(sorted(value.elements()) if isinstance(value, Counter) else value)
 
 
 def _advance(runner: Runner, schedules: list, iterations: int) -> None:
     """Step new schedules to where they are after some iterations."""
     by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
-    # one that waits for a validation's metric starts anew
+    # those that need the metric of a validation start anew
     steps = [s for s in schedules if not getattr(s, 'need_val_args', False)]
     with warnings.catch_warnings():
-        # that the optimizer was not stepped before
+        # a warning that the optimizer was not stepped before
         warnings.simplefilter('ignore', UserWarning)
         for done in range(1, iterations + 1):
             for schedule in steps:

@@ -1,4 +1,4 @@
-"""Name the file of a label image with an index that is no class."""
+"""Check label images for indices that are no class, and name the file."""
 
 from typing import Any
 
@@ -9,15 +9,15 @@ from mmengine.runner import Runner
 
 
 class LabelRangeError(ValueError):
-    """A label image holds an index that is no class of the model."""
+    """A label image has an index that is no class of the model."""
 
 
 @HOOKS.register_module()
 class LabelRangeHook(Hook):
     """Check the labels of every batch of a segmentor against its classes.
 
-    Without it such a label ends a training in an index error or a CUDA assertion
-    that names no file, and counts for nothing in the metric of a validation.
+    Without it, a training ends with an index error or a CUDA assertion that names no
+    file, and the metric of a validation ignores such labels.
 
     Raises:
         LabelRangeError: With the file, the indices and the number of pixels.
@@ -29,7 +29,7 @@ class LabelRangeHook(Hook):
         """Check a batch of the training, validation or test."""
         head = _decode_head(runner.model)
         for sample in data_batch['data_samples']:
-            # with test-time augmentation a list, in which all have the same labels
+            # with test-time augmentation, a list of samples with the same labels
             sample = sample[0] if isinstance(sample, (list, tuple)) else sample
             if 'gt_sem_seg' in sample:
                 _check(sample, head)

@@ -1,4 +1,4 @@
-"""End a training at a NaN or infinite loss, with the reason and good checkpoints."""
+"""End a training at a NaN or infinite loss, with the reason and intact checkpoints."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Optional
@@ -27,7 +27,7 @@ class NonFiniteError(RuntimeError):
 
 
 class _Iteration(NamedTuple):
-    """What the report of an iteration needs."""
+    """An iteration, for its report."""
 
     number: int
     batch: Any
@@ -39,21 +39,21 @@ class _Iteration(NamedTuple):
 class CheckNonFiniteHook(Hook):
     """Stop at the first loss or parameter that is NaN or infinite.
 
-    Both are checked after every step. The answer is read one iteration later, so that
-    a GPU is not waited for; before a checkpoint or a validation it is read at once.
-    Checkpoints on disk thus stay good. Infinite gradients alone end nothing: the
-    dynamic loss scaling of float16 training makes them and skips their step.
+    Both are checked after every step. The result is read one iteration later, to avoid
+    waiting for a GPU, or at once before a checkpoint or a validation. Checkpoints on
+    the disk thus stay good. Infinite gradients alone do not end a run: the dynamic loss
+    scaling of float16 training produces them and skips their step.
 
-    The error, on every process and in the log, says the iteration, and for each
-    process the images of its batch and the first module that gave such a value, see
-    :func:`find_source`. mmdet's ``CheckInvalidLossHook`` says that there is a NaN,
-    every 50 iterations.
+    The error, on all processes and in the log, names the iteration and, for each
+    process, the images of its batch and the first module that returned such a value,
+    see :func:`find_source`. mmdet's ``CheckInvalidLossHook`` only reports that there is
+    a NaN, every 50 iterations.
 
-    The model is neither wrapped nor watched, so that ``compile=`` of MMEngine's Runner
-    gives the same graphs with and without this hook.
+    The model is not wrapped and gets no hooks, so that ``compile=`` of MMEngine's
+    Runner gives the same graphs with and without this hook.
 
     Raises:
-        NonFiniteError: After the iteration that follows, or before anything is saved.
+        NonFiniteError: After the next iteration, or before anything is saved.
     """
 
     # before the hooks that average parameters or save them
@@ -66,7 +66,7 @@ class CheckNonFiniteHook(Hook):
         self._states: list[Tensor] = []
 
     def before_train(self, runner: Runner) -> None:
-        """Refuse parameters that are NaN or infinite from the start."""
+        """Refuse initial parameters that are NaN or infinite."""
         self._flag, self._sent = DelayedFlag(), None
         model = _unwrap(runner.model)
         if any(all_gather_object(not _largest(model).isfinite())):
@@ -80,7 +80,7 @@ class CheckNonFiniteHook(Hook):
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None
     ) -> None:
-        """Keep the batch, whose samples know their images, and the random state."""
+        """Keep the batch and the random state for a report."""
         self._batch, self._states = data_batch, [torch.get_rng_state()]
         if torch.cuda.is_available():
             self._states.append(torch.cuda.get_rng_state())
@@ -92,7 +92,7 @@ class CheckNonFiniteHook(Hook):
         data_batch: Any = None,
         outputs: Optional[dict] = None,
     ) -> None:
-        """Read the answer of the iteration before, and ask about this one."""
+        """Read the result of the last iteration, and check this one."""
         self.check(runner)
         losses = {
             name: value.detach().float().mean()
@@ -105,14 +105,14 @@ class CheckNonFiniteHook(Hook):
         self._sent = _Iteration(runner.iter + 1, self._batch, self._states, losses)
 
     def before_val(self, runner: Runner) -> None:
-        """Validate no broken model."""
+        """Do not validate a broken model."""
         self.check(runner)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Save no broken model, whoever saves it.
+        """Do not save a broken model, whoever saves it.
 
-        MMEngine's own checkpoint hook calls this on the first process only, so that
-        with several the others are ended by the launcher.
+        MMEngine's own checkpoint hook calls this on the first process only. With
+        several processes, the launcher then ends the others.
         """
         self.check(runner, alone=True)
 
@@ -121,7 +121,7 @@ class CheckNonFiniteHook(Hook):
         self.check(runner)
 
     def check(self, runner: Runner, alone: bool = False) -> None:
-        """Read the answer that is due; every process must call it, unless ``alone``.
+        """Read the result that is due; all processes must call it, unless ``alone``.
 
         Raises:
             NonFiniteError: If a loss or parameter of any process was not finite.
@@ -136,7 +136,7 @@ class CheckNonFiniteHook(Hook):
             else 'the step made parameters NaN or infinite, though the losses are '
             'finite: the gradients have overflowed'
         )
-        # every process searches, for a loss may talk to the other processes
+        # on all processes, since a loss may communicate with the others
         source = _describe_source(runner, sent, of_losses=flags[0])
         images = ', '.join(_images(sent.batch)) or 'without names'
         report = f'images {images}: {source}'
@@ -152,9 +152,9 @@ class CheckNonFiniteHook(Hook):
 
 
 def check_before_saving(runner: Runner) -> None:
-    """Have ``CheckNonFiniteHook``, if there is one, read the answer that is due.
+    """Have ``CheckNonFiniteHook``, if there is one, read the result that is due.
 
-    Every process must call this; it raises as :meth:`CheckNonFiniteHook.check`.
+    All processes must call this. It raises as :meth:`CheckNonFiniteHook.check`.
     """
     for hook in runner.hooks:
         if isinstance(hook, CheckNonFiniteHook):
@@ -190,7 +190,7 @@ def _unwrap(model: Any) -> Any:
 
 
 def _images(batch: Any) -> Iterator[str]:
-    """Ids and files of the images, from the samples in any nest."""
+    """Ids and files of the images of a batch, which may be nested."""
     if isinstance(batch, (dict, list, tuple)):
         for item in batch.values() if isinstance(batch, dict) else batch:
             yield from _images(item)
@@ -205,20 +205,20 @@ def _images(batch: Any) -> Iterator[str]:
 
 
 def _largest(model: nn.Module) -> Tensor:
-    """The largest absolute value of all parameters; NaN if there is one."""
+    """The largest absolute value of all parameters; NaN if any is NaN."""
     params = [
         param.detach()
         for param in model.parameters()
         if param.is_floating_point() and param.numel()
     ]
-    if not params:  # FSDP may leave a process none
+    if not params:  # with FSDP, a process may have none
         return torch.zeros((), device=get_comm_device())
     norms = torch._foreach_norm(params, float('inf'))
     return torch.stack([norm.float() for norm in norms]).amax()
 
 
 def nonfinite_parameters(model: nn.Module) -> list[str]:
-    """Names of the parameters with a value that is NaN or infinite."""
+    """Names of the parameters with a NaN or infinite value."""
     return [
         name
         for name, param in model.named_parameters()
@@ -232,18 +232,18 @@ def find_source(
     random_states: list[Tensor],
     weights: Optional[dict[str, Tensor]],
 ) -> str:
-    """Say what in a training iteration is the first that is NaN or infinite.
+    """Find the first NaN or infinite value in a training iteration.
 
-    The inputs are looked at first, then, in a second pass without gradients, what
-    enters and leaves each module. The run is over: the random state changes, and the
-    statistics of BatchNorm may.
+    The inputs are checked first. A second pass without gradients then checks the inputs
+    and outputs of each module. The run must be over: the random state changes, and the
+    statistics of BatchNorm may change too.
 
     Args:
-        model (BaseModel): Without its wrapper.
-        batch (Any): What the data loader gave.
+        model (BaseModel): The model without its wrapper.
+        batch (Any): The batch from the data loader.
         random_states (list[Tensor]): Of the CPU and the current GPU, before the pass.
-        weights (dict[str, Tensor], optional): What to use in place of the model's own
-            parameters and buffers. If None, only the inputs are looked at.
+        weights (dict[str, Tensor], optional): Tensors to use instead of the model's
+            parameters and buffers. If None, only the inputs are checked.
     """
     handles = _watch(model)
     try:
@@ -264,7 +264,7 @@ def find_source(
             torch.func.functional_call(model, moved, args, kwargs, strict=False)
     except _Found as found:
         return str(found)
-    except Exception as error:  # the reason matters more than how it was sought
+    except Exception as error:  # must not hide the reason of the stop
         return f'the batch could not be run again ({error!r})'
     finally:
         for handle in handles:
@@ -277,7 +277,7 @@ class _Found(Exception):
 
 
 def _watch(model: nn.Module) -> list:
-    """Hooks that raise at the first value that is NaN or infinite."""
+    """Add hooks that raise at the first NaN or infinite value."""
     modules = dict(model.named_modules())
     handles = []
 
@@ -319,7 +319,7 @@ def _describe(name: str, modules: dict[str, nn.Module]) -> str:
 
 
 def _first_count(value: Any) -> Optional[str]:
-    """How many values of the first tensor that has such ones are NaN or infinite."""
+    """Count NaN and infinite values in the first tensor that has any."""
     if isinstance(value, dict):
         value = tuple(value.values())
     if isinstance(value, (list, tuple)):

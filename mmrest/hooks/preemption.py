@@ -1,7 +1,7 @@
 """End a training on a scheduler's signal, with a checkpoint of that iteration.
 
-In the order of this file: the signals, the worker processes of data loaders, the rest
-of an epoch that was broken off, and the hook that uses all three.
+The order is: signals, worker processes of data loaders, the rest of an interrupted
+epoch, and the hook that uses all three.
 """
 
 import functools
@@ -36,14 +36,14 @@ from ..utils.delayed_flag import DelayedFlag
 from . import exact_resume
 from .nonfinite import check_before_saving
 
-# EX_TEMPFAIL of sysexits.h: nothing is wrong, try again later
+# EX_TEMPFAIL of sysexits.h
 REQUEUE_STATUS = 75
-# tools/dist_train.sh and slurm_train.sh name a file here, because torchrun and srun
-# do not pass the status on
+# variable with the path of a file that tools/dist_train.sh and slurm_train.sh read,
+# because torchrun and srun do not forward the status
 REQUEUE_FILE = 'MMREST_REQUEUE_FILE'
 STOP_SIGNALS = ('SIGTERM', 'SIGUSR1')
 
-# what a checkpoint's message hub says about the end of its run
+# entries in the message hub of a checkpoint
 _VALIDATE = 'preempted_before_validation'
 _EXTRA_FILE = 'preemption_checkpoint'
 
@@ -54,8 +54,8 @@ _EXTRA_FILE = 'preemption_checkpoint'
 class Preempted(SystemExit):
     """The process ends on request and asks to be started again.
 
-    Uncaught, it ends Python with ``status``, 75 unless given, and without a traceback;
-    ``reason`` is for a log.
+    If it is not caught, it ends Python with ``status`` (default: 75) and without a
+    traceback. ``reason`` is for a log.
     """
 
     def __init__(self, reason: str, status: int = REQUEUE_STATUS) -> None:
@@ -69,11 +69,11 @@ class Preempted(SystemExit):
 class StopSignals:
     """Handlers of the signals with which a scheduler ends a job.
 
-    After :meth:`start` a signal raises :class:`Preempted`, since there is nothing to
-    save yet. Within :meth:`noted` it only sets ``received``, the name of the first one.
-    A second signal ends the process at once, unless it comes within ``repeat`` seconds,
-    because srun and torchrun may both pass it on. Child processes end by SIGTERM as if
-    there were no handler.
+    After :meth:`start`, a signal raises :class:`Preempted`, since there is nothing to
+    save yet. Within :meth:`noted`, it only sets ``received``, the name of the first
+    signal. A second signal ends the process at once, unless it comes within ``repeat``
+    seconds, because srun and torchrun may both forward it. SIGTERM ends child processes
+    as if there were no handler.
 
     Raises:
         ValueError: If this system has no such signal.
@@ -98,11 +98,11 @@ class StopSignals:
 
     @property
     def is_listening(self) -> bool:
-        """Whether the handlers are in place."""
+        """Whether the handlers are installed."""
         return bool(self._before)
 
     def start(self) -> None:
-        """Install the handlers; outside the main thread nothing can be done."""
+        """Install the handlers. This is only possible in the main thread."""
         if threading.current_thread() is not threading.main_thread():
             print_log(
                 'Signals are handled in the main thread only; preemption will end '
@@ -115,7 +115,7 @@ class StopSignals:
             self._before[number] = signal.signal(number, self._handle)
 
     def stop(self) -> None:
-        """Put back the handlers that were there before."""
+        """Restore the previous handlers."""
         for number, handler in self._before.items():
             # None: it was set by something other than Python
             if handler is not None and signal.getsignal(number) == self._handle:
@@ -124,10 +124,10 @@ class StopSignals:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Only note signals; afterwards the handlers are as before.
+        """Only record signals, and restore the previous handlers afterwards.
 
-        If an error ends the block, signals end the process: a job that failed must
-        not ask to be started again.
+        If the block ends with an error, later signals end the process: a job that
+        failed must not ask to be started again.
         """
         self._notes = True
         self.start()
@@ -155,7 +155,7 @@ class StopSignals:
             if not self._notes:
                 note_requeue('start')
                 reason = f'{self.received} before the training began'
-                # print() may be what was interrupted
+                # not print(), which may have been interrupted
                 os.write(2, f'{reason}; exit status {REQUEUE_STATUS}.\n'.encode())
                 raise Preempted(reason)
 
@@ -184,15 +184,15 @@ def note_requeue(moment: str) -> None:
 
 
 class WorkerShield:
-    """A ``worker_init_fn`` with which workers outlive the signals sent to a job.
+    """A ``worker_init_fn`` that protects workers from the signals sent to a job.
 
-    Slurm sends SIGTERM to every process of a job. A worker that dies of it raises an
-    error in the middle of the iteration that the main process was to finish. Until
-    :meth:`end`, such a worker ignores SIGTERM and SIGUSR1. It ends within seconds if
-    its main process was killed; torch's own may wait for ever to hand over a batch.
-    ``init`` is the loader's own ``worker_init_fn``.
+    Slurm sends SIGTERM to all processes of a job. A worker that ends raises an error in
+    the iteration that the main process is about to finish. Until :meth:`end` is called,
+    a worker with this function ignores SIGTERM and SIGUSR1. It still ends within
+    seconds if its main process was killed, where torch's own worker may wait forever to
+    deliver a batch. ``init`` is the loader's own ``worker_init_fn``.
 
-    Works with the start methods fork, spawn and forkserver; on Windows it does
+    It works with the start methods fork, spawn and forkserver. On Windows it does
     nothing.
     """
 
@@ -203,9 +203,8 @@ class WorkerShield:
     def __call__(self, worker_id: int) -> None:
         if os.name == 'posix':
             for number in (signal.SIGTERM, signal.SIGUSR1):
-                # A handler, as an ignored signal would not be seen by the thread.
-                # Blocking signals does not suffice: libraries have threads that
-                # do not block them.
+                # A handler, since the thread would not see an ignored signal.
+                # Blocking is not enough: threads of libraries do not block signals.
                 signal.signal(number, _ignore)
                 signal.siginterrupt(number, False)
             receives, sends = os.pipe()
@@ -216,11 +215,11 @@ class WorkerShield:
             self.init(worker_id)
 
     def end(self) -> None:
-        """Let the workers end when they are asked to, or have been."""
+        """Let the workers end at a signal, also at an earlier one."""
         self._lasts.fill_(False)
 
     def _watch(self, receives: int) -> None:
-        # with forkserver the parent in the system's sense is the server
+        # with forkserver, the system's parent process is the server
         started_by, parent = os.getppid(), multiprocessing.parent_process()
         asked = False
         while os.getppid() == started_by and (parent is None or parent.is_alive()):
@@ -237,9 +236,9 @@ def _ignore(number: int, frame: Optional[FrameType]) -> None:
 
 @contextmanager
 def shield_workers(loaders: Iterable[DataLoader]) -> Iterator[None]:
-    """Shield the workers that loaders start within this block.
+    """Shield the workers that data loaders start within this block.
 
-    Their ``worker_init_fn`` is replaced, and put back also after an error.
+    Their ``worker_init_fn`` is replaced, and restored at the end, also after an error.
     """
     shielded = [(x, WorkerShield(x.worker_init_fn)) for x in loaders if x.num_workers]
     try:
@@ -253,7 +252,7 @@ def shield_workers(loaders: Iterable[DataLoader]) -> Iterator[None]:
 
 
 class _Itself(NamedTuple):
-    """Stands in for an object where a config is copied; the copy is the object."""
+    """Wraps an object so that copying a config does not copy it."""
 
     value: Any
 
@@ -262,13 +261,13 @@ class _Itself(NamedTuple):
 
 
 def _renew_loader(runner: Runner, loop: BaseLoop) -> bool:
-    """End the workers that a loop has started before any hook was called.
+    """Replace workers that a loop has started before any hook was called.
 
     MMEngine's ``IterBasedTrainLoop`` starts them when it is built. Its data loader is
-    built again, since its sampler has been drawn from, and then needs a new iterator.
+    built again, since its sampler was already used, and needs a new iterator.
     """
     iterator: Any = getattr(loop, 'dataloader_iterator', None)
-    # OneDL's MMEngine starts the workers with the first batch
+    # (OneDL's MMEngine starts them with the first batch)
     if getattr(iterator, '_iterator', None) is None or not loop.dataloader.num_workers:
         return False
     config = runner._train_dataloader
@@ -291,9 +290,9 @@ def _renew_loader(runner: Runner, loop: BaseLoop) -> bool:
 
 
 class RestOfBatches:
-    """A batch sampler that leaves out its first ``done`` batches, the first time.
+    """A batch sampler that skips its first ``done`` batches once.
 
-    The attributes of the sampler are here too.
+    It also has the attributes of the sampler that it wraps.
     """
 
     def __init__(self, batch_sampler: Any, done: int) -> None:
@@ -307,7 +306,7 @@ class RestOfBatches:
             for _ in range(self._done):
                 next(batches, None)
             self._done = 0
-            # what is drawn at the start of an epoch was drawn before the checkpoint
+            # the numbers at the start of the epoch were drawn before the checkpoint
             torch.set_rng_state(self._state)
         yield from batches
 
@@ -325,33 +324,33 @@ class RestOfBatches:
 
 @HOOKS.register_module()
 class PreemptionHook(Hook):
-    """Write a checkpoint at SIGTERM or SIGUSR1 and end with status 75.
+    """Save a checkpoint at SIGTERM or SIGUSR1, and end with status 75.
 
-    The iteration is finished; with several processes the next one too, because all
-    must stop at the same; with accumulated gradients all up to the next step, because
-    a checkpoint does not hold them. A validation is broken off and done again by the
-    resumed run, or finished if the processes have different numbers of batches.
-    ``--resume`` continues after exactly that iteration, within an epoch too.
+    The current iteration is finished. With several processes, the next one is finished
+    too, because all must stop at the same one. With accumulated gradients, all
+    iterations up to the next step are finished, because a checkpoint does not hold
+    gradients. A validation is interrupted and repeated by the resumed run, or finished
+    if the processes have different numbers of batches. ``--resume`` continues after
+    exactly that iteration, also within an epoch.
 
-    The runner's checkpoint hook writes the file, so its settings hold. One that saves
-    by epochs writes an ``iter_N.pth`` here, which is removed after the next
-    checkpoint if the hook removes old ones at all. Signal handlers and the
-    ``worker_init_fn`` of the data loaders are replaced while the training loop runs,
-    and only then.
+    The runner's checkpoint hook saves the file, with its settings. If it saves by
+    epochs, it saves an ``iter_N.pth`` here. If it removes old files at all, this one is
+    removed after the next checkpoint. Signal handlers and the ``worker_init_fn`` of the
+    data loaders are replaced only while the training loop runs.
 
     Args:
         signals (tuple[str]): Default: ``('SIGTERM', 'SIGUSR1')``.
-        status (int): Exit status. Default: 75, which sysexits.h calls a temporary
-            failure: try again.
-        repeat (float): Seconds in which further signals count as the first one; a
-            later one ends the process at once. Default: 5.
+        status (int): Exit status. Default: 75, which sysexits.h defines as a temporary
+            failure.
+        repeat (float): Seconds in which further signals count as the first one. A later
+            one ends the process at once. Default: 5.
 
     Raises:
         ValueError: If there is no such signal.
         Preempted: A ``SystemExit``, on every process, after the checkpoint.
     """
 
-    # the other hooks have counted, scheduled and saved this iteration
+    # after the other hooks have counted, scheduled and saved this iteration
     priority = 'LOWEST'
 
     def __init__(
@@ -366,11 +365,11 @@ class PreemptionHook(Hook):
         self._stops = self._ask_in_validation = False
 
     def before_run(self, runner: Runner) -> None:
-        """Run the training loop with the signals and the workers looked after."""
+        """Wrap the training loop, to handle signals and workers while it runs."""
         # not runner.train_loop, which would build one for a validation or a test
         loop = runner._train_loop
         if isinstance(loop, BaseLoop):
-            # no hook is called after an error, so that the loop's run is wrapped
+            # no hook is called after an error, so the loop's run is wrapped
             loop.run = functools.partial(self._run, runner, loop)
 
     def _run(self, runner: Runner, loop: BaseLoop) -> Any:
@@ -384,12 +383,12 @@ class PreemptionHook(Hook):
             if renewed:
                 kind = type(loop.dataloader_iterator)
                 loop.dataloader_iterator = kind(loop.dataloader)
-                # with and without this hook a run draws the same random numbers
+                # so that a run draws the same random numbers without this hook
                 exact_resume.restore(state)
             return loop.run()
 
     def before_train(self, runner: Runner) -> None:
-        """Do the validation that was broken off."""
+        """Do the validation that was interrupted."""
         hub = runner.message_hub
         if hub.runtime_info.get(_VALIDATE) and runner.val_loop is not None:
             hub.update_info(_VALIDATE, False)
@@ -397,17 +396,17 @@ class PreemptionHook(Hook):
             runner.val_loop.run()
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Begin a resumed epoch where its checkpoint was written.
+        """Start a resumed epoch where its checkpoint was saved.
 
-        MMEngine repeats such an epoch from its first batch, and makes more iterations
-        than planned. No image is loaded for the batches that are skipped.
+        MMEngine would repeat the epoch from its first batch, and do more iterations
+        than planned. No images are loaded for skipped batches.
         """
         if not isinstance(runner.train_loop, EpochBasedTrainLoop):
             return
         loader = runner.train_dataloader
         done = runner.iter - runner.epoch * len(loader)
         if 0 < done <= len(loader):
-            # torch forbids assignment: iterators that exist would not notice
+            # torch forbids the assignment, which existing iterators do not see
             loader.__dict__['batch_sampler'] = RestOfBatches(loader.batch_sampler, done)
             runner.logger.info(
                 f'{done} of the {len(loader)} batches of epoch {runner.epoch + 1} are '
@@ -421,7 +420,7 @@ class PreemptionHook(Hook):
         data_batch: Any = None,
         outputs: Optional[dict] = None,
     ) -> None:
-        """Stop here if any process was asked to."""
+        """Stop here if any process received a signal."""
         self._stops = self._stops or self._is_agreed()
         if not self._stops or not _is_after_step(runner):
             return
@@ -429,11 +428,11 @@ class PreemptionHook(Hook):
         by_iterations = not isinstance(runner.train_loop, EpochBasedTrainLoop)
         validate = by_iterations and exact_resume.is_validation_due(runner, done)
         if by_iterations and done >= runner.max_iters and not validate:
-            return  # it ends by itself
+            return  # the run ends anyway
         self._stop(runner, done, validate)
 
     def after_train_epoch(self, runner: Runner) -> None:
-        """Remove a checkpoint within an epoch when there is a later one."""
+        """Remove a checkpoint within an epoch once there is a later one."""
         path = runner.message_hub.runtime_info.get(_EXTRA_FILE)
         hook = _find(runner, CheckpointHook)
         if not path or hook is None or hook.last_ckpt in (None, path):
@@ -444,7 +443,7 @@ class PreemptionHook(Hook):
                 hook.file_backend.remove(path)
 
     def before_val_epoch(self, runner: Runner) -> None:
-        """See whether the processes can agree while they validate."""
+        """Check whether the processes can communicate in the validation."""
         counts = all_gather_object(len(runner.val_dataloader))
         self._ask_in_validation = len(set(counts)) == 1
 
@@ -455,26 +454,26 @@ class PreemptionHook(Hook):
         data_batch: Any = None,
         outputs: Any = None,
     ) -> None:
-        """Break the validation off."""
+        """Interrupt the validation."""
         if not self._signals.is_listening or not self._ask_in_validation:
             return
         if self._is_agreed():
             ema = _find(runner, EMAHook)
             if ema is not None:
-                ema.after_val_epoch(runner)  # gives back the trained parameters
+                ema.after_val_epoch(runner)  # restores the trained parameters
             self._stop(runner, runner.iter, validate=True)
 
     def after_train(self, runner: Runner) -> None:
-        """Read the last answer, so that no message is left unfinished."""
+        """Read the last flag, so that no communication stays pending."""
         self._flag.receive()
 
     def _is_agreed(self) -> bool:
-        """Whether any process got a signal; with several, at the call before."""
+        """Whether any process got a signal; with several, before the last call."""
         asked = self._signals.received is not None
         if get_world_size() == 1:
             return asked
         agreed = any(self._flag.receive())
-        # filled on the device, since a copy to it would wait
+        # filled on the device, since a copy to it would block
         self._flag.send(torch.full((1,), float(asked), device=get_comm_device()))
         return agreed
 
@@ -483,7 +482,7 @@ class PreemptionHook(Hook):
         runner.logger.info(f'{name}: saving a checkpoint of iteration {done}.')
         runner.message_hub.update_info(_VALIDATE, validate)
         path = _save(runner, done)
-        barrier()  # srun and torchrun end the others when the first process leaves
+        barrier()  # srun and torchrun end all processes when the first one ends
         text = (
             f'Stopped by {name} after iteration {done}, saved as {path}. Continue '
             f'with --resume. Exit status {self._status}.'
@@ -505,7 +504,7 @@ def _is_after_step(runner: Runner) -> bool:
 
 
 def _save(runner: Runner, done: int) -> str:
-    """Save the state after ``done`` iterations; every process must call it."""
+    """Save the state after ``done`` iterations; all processes must call it."""
     check_before_saving(runner)
     meta = dict(epoch=runner.epoch, iter=done)
     hook = _find(runner, CheckpointHook)
@@ -519,7 +518,7 @@ def _save(runner: Runner, done: int) -> str:
     before = hook.by_epoch, hook.filename_tmpl, hook.max_keep_ckpts
     is_extra = hook.by_epoch
     if is_extra:
-        # its list of old files is one of epochs
+        # its list of old files is about epochs
         hook.by_epoch, hook.max_keep_ckpts = False, -1
         hook.filename_tmpl = 'iter_{}.pth'
     try:

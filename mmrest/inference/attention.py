@@ -149,7 +149,7 @@ class _Probe:
                 f'{type(self.attn).__name__} has no layers q, kv and proj, from which '
                 'its maps could be computed.'
             )
-        self.pos = getattr(backbone.entry(index), 'pos', None)
+        self.pos = getattr(backbone.embedding(index), 'pos', None)
         self.seen: dict[str, Any] = {}
 
     def handles(self) -> Iterator[Any]:

@@ -9,7 +9,7 @@ from .restv2 import ResTV2
 
 __all__ = ['ResT', 'ResTV2']
 
-# Registries of the first releases, and the place that each stood for.
+# Registries of the first releases, and the prefixes that replace them
 _REGISTRIES = dict(STEMS='stem', POSITIONS='pos', ATTENTIONS='attn')
 
 

@@ -1,6 +1,6 @@
-"""RetinaNet's head with detections that are clipped after the NMS.
+"""RetinaNet's head with boxes that are clipped after the NMS.
 
-Import it by ``custom_imports``; it needs mmdet, which ``import mmrest`` does not.
+Import it by ``custom_imports``. It needs mmdet, which ``import mmrest`` does not.
 """
 
 from typing import Any, Optional
@@ -14,9 +14,9 @@ from mmengine.structures import InstanceData
 class ClipLastRetinaHead(RetinaHead):
     """RetinaHead that clips boxes to the image after the NMS instead of before.
 
-    Published detections come from boxes that meet the NMS unclipped. Boxes that
-    reach beyond the image overlap differently once clipped, and then another box
-    may survive. Parameters and training are those of RetinaHead. It needs
+    The published detectors apply the NMS to unclipped boxes. Boxes that reach beyond
+    the image overlap differently once they are clipped, and then other boxes may
+    remain. Parameters and training are those of RetinaHead. It needs
     ``bbox_coder=dict(clip_border=False)``.
 
     Raises:

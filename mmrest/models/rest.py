@@ -1,13 +1,13 @@
 """ResT, an efficient multi-scale vision Transformer (arXiv:2105.13677).
 
-The network in reading order: parts, blocks, stages. Each of the four stages begins with
-an entry (a stem, or a patch embedding that halves the map), which encodes the position,
-and goes on with Transformer blocks. Within a stage, features are tokens of shape
-(B, H * W, C). The same memory seen as a map of shape (B, C, H, W) is in channels_last
-order, so :func:`to_map` and :func:`to_tokens` copy nothing.
+The file is in reading order: embeddings, blocks, network. Each of the four stages is an
+embedding (the stem, or a patch embedding that halves the map), which also encodes the
+position, followed by Transformer blocks. Blocks take tokens of shape (B, H * W, C).
+Seen as a map of shape (B, C, H, W), the same memory is in channels_last order, so
+:func:`to_map` and :func:`to_tokens` copy nothing.
 
-The parameters have the names of the published ImageNet checkpoints. The parts that the
-paper compares with the published ones are in :mod:`mmrest.models.rest_ablations`.
+Parameters are named as in the published ImageNet checkpoints. The variants that the
+paper's ablations compare are in :mod:`mmrest.models.rest_ablations`.
 """
 
 from collections.abc import Sequence
@@ -71,14 +71,14 @@ ARCHS: dict[str, Arch] = {
     'large': Arch((96, 192, 384, 768), (1, 2, 4, 8), (2, 2, 18, 2), (8, 4, 2, 1)),
 }
 
-# Registered names of the generations, and what tells their checkpoints apart.
+# Registered names of the two generations, and prefixes that only their checkpoints have
 GENERATIONS = {
     'ResT': ('patch_embed_2.', 'stem.conv1.'),
     'ResTV2': ('patch_2.', 'stem.proj.0.'),
 }
 
 
-# ---------------------------------------------------------------- entries of the stages
+# ---------------------------------------------------------------- embeddings
 
 
 @MODELS.register_module('rest_pos_pa')
@@ -95,7 +95,7 @@ class PixelAttention(nn.Module):
 
 @MODELS.register_module('rest_stem_rest')
 class Stem(nn.Module):
-    """Three 3x3 convolutions with strides 2, 1, 2: a quarter of height and width.
+    """Three 3x3 convolutions with strides 2, 1, 2, and the positional encoding.
 
     An image (B, in_channels, H, W) becomes a map (B, dim, ceil(H / 4), ceil(W / 4)).
     """
@@ -122,7 +122,7 @@ class Stem(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Entry of stages 2 to 4: halves the map and encodes the position.
+    """Stages 2 to 4: a 3x3 convolution with stride 2, and the positional encoding.
 
     A map of shape (B, in_dim, H, W) becomes (B, dim, ceil(H / 2), ceil(W / 2)).
     """
@@ -143,15 +143,14 @@ class PatchEmbed(nn.Module):
 class EMSA(nn.Module):
     """Efficient multi-head self-attention (section 3.1).
 
-    A depthwise convolution reduces the map that keys and values come from. With
-    several heads, a 1x1 convolution lets their score maps interact, and an
-    InstanceNorm follows the softmax (equation 4). With a single head, it is plain
-    attention.
+    A depthwise convolution reduces the map from which keys and values are computed.
+    With several heads, a 1x1 convolution mixes their score maps, and an InstanceNorm
+    follows the softmax (equation 4). A single head is plain attention.
 
     Args:
         dim (int): Channels C of the tokens.
-        num_heads (int): Heads h; they divide ``dim``.
-        sr_ratio (int): Keys and values come from a map of
+        num_heads (int): Heads h. Must divide ``dim``.
+        sr_ratio (int): Spatial reduction of keys and values, to a map of
             ceil(H / sr_ratio) x ceil(W / sr_ratio). Default: 1.
         qkv_bias (bool): Whether queries, keys and values have a bias.
             Default: True.
@@ -194,7 +193,7 @@ class EMSA(nn.Module):
     def forward(self, x: Tensor, size: Size) -> Tensor:
         # B, N, C -> B, h, N, d
         q = self.split_heads(self.q(x))
-        # B, N, C -> B, M, C -> B, M, 2C -> twice B, h, M, d
+        # B, N, C -> B, M, C -> B, M, 2C -> k and v: B, M, C -> B, h, M, d
         k, v = self.kv(self.reduce(x, size)).chunk(2, dim=-1)
         x = self.attend(q, self.split_heads(k), self.split_heads(v))
         # B, h, N, d -> B, N, C
@@ -202,18 +201,18 @@ class EMSA(nn.Module):
         return self.proj_drop(self.proj(x))
 
     def reduce(self, x: Tensor, size: Size) -> Tensor:
-        """The tokens that keys and values come from, of shape (B, M, C)."""
+        """Reduce the tokens for keys and values, to shape (B, M, C)."""
         if self.sr_ratio == 1:
             return x
         # B, N, C -> B, C, H, W -> B, C, H / sr, W / sr -> B, M, C
         return self.sr_norm(to_tokens(reduce_map(self.sr, to_map(x, size))))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The output of each head, of shape (B, h, N, d)."""
+        """Attend in each head; the result has shape (B, h, N, d)."""
         drop = self.attn_drop if self.training else 0.0
         if self.num_heads == 1:
             return attention(q, k, v, self.scale, drop, self.attn_impl)
-        if self.attn_impl == 'dense' or self._transform_must_be_called(q):
+        if self.attn_impl == 'dense' or self._must_call_transform_conv(q):
             return dense_head_interaction_attention(
                 q, k, v, self.transform_conv, self.scale, dropout_p=drop
             )
@@ -233,14 +232,14 @@ class EMSA(nn.Module):
         shape = (x.shape[0], x.shape[1], self.num_heads, self.head_dim)
         return x.reshape(shape).transpose(1, 2)
 
-    def _transform_must_be_called(self, q: Tensor) -> bool:
-        """Whether anyone could tell a call of it from reading its weight."""
+    def _must_call_transform_conv(self, q: Tensor) -> bool:
+        """Whether using its weight without calling it could make a difference."""
         conv = self.transform_conv
         if not is_plain(conv, nn.Conv2d):
             return True
         if conv.weight.shape != (self.num_heads, self.num_heads, 1, 1):
             return True
-        # a compiler takes our operator as it is
+        # compilers can record the tiled operator
         return is_watched(q) and not torch.compiler.is_compiling()
 
 
@@ -283,7 +282,10 @@ class Block(nn.Module):
 
 
 class Stage(nn.ModuleList):
-    """The blocks of a stage, on tokens (B, H * W, C) of a map of ``size`` (H, W)."""
+    """The blocks of a stage.
+
+    They take tokens (B, H * W, C) and the ``size`` (H, W) of their map.
+    """
 
     with_cp = False
 
@@ -297,10 +299,10 @@ class Stage(nn.ModuleList):
 
 
 class BaseResT(BaseModule):
-    """What the generations of ResT share: arguments, freezing, modes, weights.
+    """Base class of both generations: arguments, freezing, modes, weights.
 
-    A subclass builds an entry and a :class:`Stage` for each stage and names them in
-    ``entry_names``; it computes the outputs in ``forward``.
+    A subclass builds the embedding and the :class:`Stage` of each stage, sets
+    ``embed_names`` and ``out_norm_names``, and computes the outputs in ``forward``.
 
     Args:
         arch (Arch): Sizes of the stages.
@@ -309,8 +311,10 @@ class BaseResT(BaseModule):
     """
 
     generation: str
-    entry_names: tuple[str, ...]
-    # no class token or the like, for the CAM tools of mmpretrain
+    # attributes that hold the embedding and the output norm of each stage
+    embed_names: tuple[str, ...]
+    out_norm_names: tuple[str, ...]
+    # MMPretrain's CAM tools ask for the number of class tokens and the like
     num_extra_tokens = 0
 
     def __init__(
@@ -326,7 +330,7 @@ class BaseResT(BaseModule):
         init_cfg: Union[dict, list, None],
     ) -> None:
         init_cfg = merge_pretrained(init_cfg, pretrained)
-        pretrained_options(init_cfg)  # raises if it is none
+        pretrained_options(init_cfg)  # raises if init_cfg is malformed
         super().__init__(init_cfg=init_cfg)
         self.arch = arch
         self.in_channels = in_channels
@@ -338,7 +342,7 @@ class BaseResT(BaseModule):
         self.num_stages = self.out_indices[-1] + 1
 
     def drop_path_rates(self, drop_path_rate: float) -> list[list[float]]:
-        """The rate of each block of each stage: linear from 0 to the given one."""
+        """Rates of the blocks, a list a stage, rising linearly from 0."""
         total = sum(self.arch.depths)
         rates = [drop_path_rate * j / max(1, total - 1) for j in range(total)]
         starts = [sum(self.arch.depths[:i]) for i in range(NUM_STAGES)]
@@ -347,9 +351,9 @@ class BaseResT(BaseModule):
             for start, depth in zip(starts, self.arch.depths)
         ]
 
-    def entry(self, i: int) -> nn.Module:
+    def embedding(self, i: int) -> nn.Module:
         """The stem or patch embedding of stage i + 1."""
-        return getattr(self, self.entry_names[i])
+        return getattr(self, self.embed_names[i])
 
     def stage(self, i: int) -> Stage:
         """The blocks of stage i + 1."""
@@ -370,13 +374,13 @@ class BaseResT(BaseModule):
             return x  # vmap knows no memory formats
         return x.contiguous(memory_format=torch.channels_last)
 
-    def enter(self, i: int, x: Tensor) -> Tensor:
-        """Call the entry of stage i + 1, recomputed in the backward pass if asked."""
-        entry = self.entry(i)
-        return checkpoint_module(entry, x) if self.with_cp else entry(x)
+    def embed(self, i: int, x: Tensor) -> Tensor:
+        """Apply the embedding of stage i + 1, checkpointed if ``with_cp`` is set."""
+        embedding = self.embedding(i)
+        return checkpoint_module(embedding, x) if self.with_cp else embedding(x)
 
     def train(self, mode: bool = True) -> 'BaseResT':
-        """Set the mode; frozen parts and ``norm_eval`` norms stay as they are."""
+        """Set the mode, except of frozen parts and with ``norm_eval`` of BatchNorms."""
         super().train(mode)
         self.freeze_stages()
         match_gradient_strides(self)  # load_state_dict(assign=True) sets new ones
@@ -391,15 +395,15 @@ class BaseResT(BaseModule):
         match_gradient_strides(self)  # a copy or a pickle has none of the hooks
 
     def freeze_stages(self) -> None:
-        """Freeze what ``frozen_stages`` asks for."""
+        """Freeze the stem and stages that ``frozen_stages`` selects."""
         if self.frozen_stages >= 0:
-            freeze(self.entry(0))
+            freeze(self.embedding(0))
         for i in range(min(self.frozen_stages, self.num_stages)):
-            freeze(self.entry(i))
+            freeze(self.embedding(i))
             freeze(self.stage(i))
 
     def init_weights(self) -> None:
-        """Read the checkpoint that ``init_cfg`` names, or draw the weights."""
+        """Draw the weights, or load the checkpoint that ``init_cfg`` names."""
         if self.init_cfg is None:
             self._draw_weights()
             return
@@ -407,38 +411,23 @@ class BaseResT(BaseModule):
         if options is None:
             super().init_weights()
             return
-        self._draw_weights()  # for what a checkpoint lacks
-        load_pretrained(
-            self,
-            **options,
-            allow_missing=self.names_not_in_checkpoints(),
-            allow_unexpected=self.names_only_in_checkpoints(),
-        )
+        self._draw_weights()  # for the parameters that a checkpoint lacks
+        load_pretrained(self, **options, **self.allowed_differences())
         self._is_init = True
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any
     ) -> None:
-        """Refuse what an ``init_cfg`` of the model around would load in part."""
-        check_parent_init(
-            self,
-            state_dict,
-            prefix,
-            allow_missing=self.names_not_in_checkpoints(),
-            allow_unexpected=self.names_only_in_checkpoints(),
-        )
+        """Raise if the ``init_cfg`` of an outer model would load a part only."""
+        check_parent_init(self, state_dict, prefix, **self.allowed_differences())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _checkpoint_filter(
         self, state_dict: dict[str, Any], prefix: str, *args: Any
     ) -> None:
-        """Let MMPretrain's ``ImageClassifier``, its caller, read published files."""
+        """Rename a published file for MMPretrain's ``ImageClassifier``, the caller."""
         load_published_classifier(
-            self,
-            state_dict,
-            prefix,
-            allow_missing=self.names_not_in_checkpoints(),
-            allow_unexpected=self.names_only_in_checkpoints(),
+            self, state_dict, prefix, **self.allowed_differences()
         )
 
     def _draw_weights(self) -> None:
@@ -457,51 +446,59 @@ class BaseResT(BaseModule):
         """All but positional encodings of other packages, which draw their own."""
         foreign: set[nn.Module] = set()
         for i in range(self.num_stages):
-            pos = getattr(self.entry(i), 'pos', None)
-            if isinstance(pos, nn.Module) and not _is_own(pos):
+            pos = getattr(self.embedding(i), 'pos', None)
+            own = type(pos).__module__.startswith(('mmrest.', 'torch.nn.'))
+            if isinstance(pos, nn.Module) and not own:
                 foreign.update(pos.modules())
         return [module for module in self.modules() if module not in foreign]
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """Say how deep a parameter lies, for layer-wise learning-rate decay.
+        """Return the layer of a parameter, for layer-wise learning-rate decay.
 
-        The stem is layer 0, the blocks count from 1 on, and the entry of a stage
-        belongs to the block before it, as in mmpretrain's Swin. The norms of the
-        outputs and all that does not begin with ``prefix`` are the last layer.
+        The stem is layer 0, the blocks count from 1, and a patch embedding belongs to
+        the block before it, as in MMPretrain's Swin. Output norms, and names that do
+        not begin with ``prefix``, are in the last layer.
 
         Args:
             param_name (str): Name of the parameter.
-            prefix (str): What the names of this backbone begin with. Default: ''.
+            prefix (str): Prefix of the names of this backbone. Default: ''.
 
         Returns:
             tuple[int, int]: The layer and the number of layers.
         """
         depths = self.arch.depths[: self.num_stages]
         num_layers = sum(depths) + 2
-        name = param_name[len(prefix) :] if param_name.startswith(prefix) else ''
-        for i in range(self.num_stages):
-            if name.startswith(f'{self.entry_names[i]}.'):
-                return sum(depths[:i]), num_layers
-            if name.startswith(f'stage{i + 1}.'):
-                return sum(depths[:i]) + int(name.split('.')[1]) + 1, num_layers
-        return num_layers - 1, num_layers
+        place = self._find_parameter(param_name, prefix)
+        if place is None:
+            return num_layers - 1, num_layers
+        stage, block = place
+        return sum(depths[:stage]) + block, num_layers
 
     def get_stage_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """Say the same in stages: the stem is 0, stage 1 is 1, the rest the last.
+        """Return the stage of a parameter, for stage-wise learning-rate decay.
 
-        Arguments and result are those of :meth:`get_layer_depth`.
+        The stem is 0, stage 1 is 1, and a patch embedding belongs to the stage before
+        it. Arguments and result are those of :meth:`get_layer_depth`.
         """
         num_stages = self.num_stages + 2
-        name = param_name[len(prefix) :] if param_name.startswith(prefix) else ''
+        place = self._find_parameter(param_name, prefix)
+        if place is None:
+            return num_stages - 1, num_stages
+        stage, block = place
+        return stage + (block > 0), num_stages
+
+    def _find_parameter(self, name: str, prefix: str) -> Optional[tuple[int, int]]:
+        """The stage (from 0) and block (from 1; 0 is the embedding) of a parameter."""
+        name = name[len(prefix) :] if name.startswith(prefix) else ''
         for i in range(self.num_stages):
-            if name.startswith(f'{self.entry_names[i]}.'):
-                return i, num_stages
+            if name.startswith(f'{self.embed_names[i]}.'):
+                return i, 0
             if name.startswith(f'stage{i + 1}.'):
-                return i + 1, num_stages
-        return num_stages - 1, num_stages
+                return i, int(name.split('.')[1]) + 1
+        return None
 
     def explain_names(self, names: Sequence[str]) -> str:
-        """Say so if the names in a checkpoint are those of another generation."""
+        """Explain names in a checkpoint that are those of the other generation."""
         for kind, starts in GENERATIONS.items():
             if kind != self.generation and any(n.startswith(starts) for n in names):
                 return (
@@ -512,16 +509,26 @@ class BaseResT(BaseModule):
         return ''
 
     def names_not_in_checkpoints(self) -> tuple[str, ...]:
-        """Modules that ImageNet checkpoints do not hold."""
-        raise NotImplementedError
+        """Modules that ImageNet checkpoints lack: all output norms but ``norm``."""
+        names = (self.out_norm_names[i] for i in self.out_indices)
+        return tuple(name for name in names if name != 'norm')
 
     def names_only_in_checkpoints(self) -> tuple[str, ...]:
-        """Modules that a checkpoint of this arch may hold and this model lacks."""
-        raise NotImplementedError
+        """Modules that this model lacks and a checkpoint of its arch may hold."""
+        names = ['head']
+        for i in range(NUM_STAGES):
+            if i not in self.out_indices:
+                names.append(self.out_norm_names[i])
+            if i >= self.num_stages:
+                names += [self.embed_names[i], f'stage{i + 1}']
+        return tuple(names)
 
-
-def _is_own(module: nn.Module) -> bool:
-    return type(module).__module__.startswith(('mmrest.', 'torch.nn.'))
+    def allowed_differences(self) -> dict[str, tuple[str, ...]]:
+        """Differences between model and checkpoint that loading accepts."""
+        return dict(
+            allow_missing=self.names_not_in_checkpoints(),
+            allow_unexpected=self.names_only_in_checkpoints(),
+        )
 
 
 @MODELS.register_module()
@@ -534,51 +541,51 @@ class ResT(BaseResT):
             integers each) and ``mlp_ratios`` (four numbers or one, default 4).
             Default: ``'small'``.
         in_channels (int): Channels of the image. Default: 3.
-        out_indices (Sequence[int]): Stages whose maps are returned, ascending;
-            0 to 3 stand for stages 1 to 4. Later stages are not built.
+        out_indices (Sequence[int]): Stages whose maps are returned, in ascending
+            order, counted from 0. Stages after the last one are not built.
             Default: (0, 1, 2, 3).
         qkv_bias (bool): Whether queries, keys and values have a bias.
             Default: True.
         drop_rate (float): Dropout after the attention's projection and in the
             MLP. Default: 0.
         attn_drop_rate (float): Dropout on the attention maps. Default: 0.
-        drop_path_rate (float): Stochastic depth of the last block; it rises
-            linearly from 0 at the first. Default: 0.
+        drop_path_rate (float): Stochastic depth rate of the last block. The rate
+            rises linearly from 0 in the first block. Default: 0.
         frozen_stages (int): -1 freezes nothing, 0 the stem, k the stem and stages
             1 to k with their patch embeddings: no gradients, norms in evaluation
-            mode. The norms of the outputs, which no ImageNet checkpoint has
-            trained for stages 1 to 3, stay trainable. Default: -1.
+            mode. The output norms stay trainable, since ImageNet checkpoints lack
+            those of stages 1 to 3. Default: -1.
         norm_eval (bool): Whether all BatchNorms stay in evaluation mode.
             Default: False.
-        with_cp (bool): Whether the activations of stem, patch embeddings and blocks
-            are computed again in the backward pass instead of being stored. The
-            statistics of BatchNorms are updated once all the same. Default: False.
-        norm_cfg (dict): The norms of stem and patch embeddings.
+        with_cp (bool): Whether stem, patch embeddings and blocks recompute their
+            activations in the backward pass instead of storing them. BatchNorms
+            still update their statistics once. Default: False.
+        norm_cfg (dict): Config of the norms in stem and patch embeddings.
             Default: ``dict(type='BN')``.
-        out_norm (str): ``'chain'``, as in the published detectors: the normalised
-            map of a requested stage is also what the next stage receives.
-            ``'branch'`` normalises the output alone. Default: ``'chain'``.
+        out_norm (str): ``'chain'``, as in the published detectors: the next stage
+            receives the normalised map of a requested stage. ``'branch'``: it
+            receives the map before the norm. Default: ``'chain'``.
         attn_impl (str): ``'auto'``, ``'tiled'``, ``'triton'`` or ``'dense'``, see
             :func:`mmrest.ops.head_interaction_attention`. Default: ``'auto'``.
-        stem_cfg (str | dict): ``'rest'``, ``'resnet'`` or ``'patch'``, alone or as
-            ``type`` of a dict with options, as the next two; see
+        stem_cfg (str | dict): ``'rest'``, ``'resnet'`` or ``'patch'``, or a dict with
+            one of these as ``type`` and with options, see
             :mod:`mmrest.models.rest_ablations`. Default: ``'rest'``.
         pos_cfg (str | dict): The positional encoding of every stage: ``'pa'`` (pixel
             attention), ``'gl'`` (a residual depthwise convolution), ``'le'`` (a
-            learnable embedding), ``'none'``, or any registered module that maps a map
-            to one of the same shape. Default: ``'pa'``.
+            learnable embedding), ``'none'``, or any registered module that keeps the
+            shape of a map; or a dict, as above. Default: ``'pa'``.
         attn_cfg (str | dict): ``'emsa'``, ``'emsa_without_norm'``,
-            ``'emsa_without_both'`` or ``'msa'``. Default: ``'emsa'``.
-        pretrained (str, optional): Deprecated, as in mmseg: a checkpoint, instead of
-            ``init_cfg``.
+            ``'emsa_without_both'`` or ``'msa'``; or a dict, as above.
+            Default: ``'emsa'``.
+        pretrained (str, optional): A checkpoint. Deprecated, use ``init_cfg``.
         init_cfg (dict | list[dict], optional): ``dict(type='Pretrained',
-            checkpoint=...)`` reads a published or own checkpoint, see
-            :func:`mmrest.checkpoint.load_pretrained`, whose ``prefix`` and
-            ``adapt_input`` it may hold too. Without it, weights are drawn as published:
-            truncated normal with standard deviation 0.02.
+            checkpoint=...)`` loads a checkpoint by
+            :func:`mmrest.checkpoint.load_pretrained`, whose arguments ``prefix`` and
+            ``adapt_input`` it may also hold. Default: None, which draws weights from a
+            truncated normal distribution with standard deviation 0.02.
 
     Raises:
-        ValueError: If an argument is not one of those described.
+        ValueError: If an argument has a value other than those above.
 
     Example:
         >>> import torch
@@ -591,8 +598,8 @@ class ResT(BaseResT):
     """
 
     generation = 'ResT'
-    entry_names = ('stem', 'patch_embed_2', 'patch_embed_3', 'patch_embed_4')
-    # the classifier's final norm serves stage 4
+    embed_names = ('stem', 'patch_embed_2', 'patch_embed_3', 'patch_embed_4')
+    # stage 4 has the final norm of the classifier
     out_norm_names = ('norm1', 'norm2', 'norm3', 'norm')
 
     def __init__(
@@ -649,7 +656,7 @@ class ResT(BaseResT):
                 )
             else:
                 patch_embed = PatchEmbed(dims[i - 1], dims[i], norm_cfg, pos)
-                self.add_module(self.entry_names[i], patch_embed)
+                self.add_module(self.embed_names[i], patch_embed)
             stage = Stage(
                 Block(
                     dim=dims[i],
@@ -681,17 +688,17 @@ class ResT(BaseResT):
         """Compute the maps of the requested stages.
 
         Args:
-            x (Tensor): Images, of shape (B, in_channels, H, W), of any size.
+            x (Tensor): Images of any size, of shape (B, in_channels, H, W).
 
         Returns:
-            tuple[Tensor, ...]: For each of ``out_indices`` a map of shape
-            (B, C_i, ceil(H / 4 / 2**i), ceil(W / 4 / 2**i)), contiguous.
+            tuple[Tensor, ...]: For each i in ``out_indices`` a contiguous map of shape
+            (B, C_i, ceil(H / 4 / 2**i), ceil(W / 4 / 2**i)).
         """
         x = self.take_image(x)
         outs = []
         for i in range(self.num_stages):
             # B, C, H, W -> B, C_i, H_i, W_i
-            x = self.enter(i, x)
+            x = self.embed(i, x)
             size = (x.shape[2], x.shape[3])
             # B, C_i, H_i, W_i -> B, N, C_i
             x = self.stage(i)(to_tokens(x), size)
@@ -699,21 +706,7 @@ class ResT(BaseResT):
                 out = getattr(self, self.out_norm_names[i])(x)
                 if self.out_norm == 'chain':
                     x = out
-                # contiguous: mmcv's RoIAlign reads channels_last maps of a CPU wrongly
+                # contiguous, since mmcv's RoIAlign misreads channels_last maps on CPUs
                 outs.append(to_map(out, size).contiguous())
             x = to_map(x, size)
         return tuple(outs)
-
-    def names_not_in_checkpoints(self) -> tuple[str, ...]:
-        return tuple(
-            self.out_norm_names[i] for i in self.out_indices if i < NUM_STAGES - 1
-        )
-
-    def names_only_in_checkpoints(self) -> tuple[str, ...]:
-        absent = {'head'}
-        for i in range(NUM_STAGES):
-            if i not in self.out_indices:
-                absent.add(self.out_norm_names[i])
-            if i >= self.num_stages:
-                absent.update((self.entry_names[i], f'stage{i + 1}'))
-        return tuple(sorted(absent))

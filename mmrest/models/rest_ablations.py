@@ -1,7 +1,7 @@
-"""What tables 5 to 7 of the paper compare with the published stem, position, attention.
+"""Variants of stem, positional encoding and attention in tables 5 to 7 of the paper.
 
-Parameters have other names in each variant, so that a checkpoint of another variant is
-refused, and does not compute something else in silence.
+Each variant names its parameters differently, so that loading refuses a checkpoint of
+another variant.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from .utils import depthwise_conv, to_map, to_tokens
 
 @MODELS.register_module('rest_stem_resnet')
 class ResNetStem(nn.Module):
-    """A 7x7 convolution and a max-pooling, with stride 2 each, as in ResNet."""
+    """The stem of ResNet: a 7x7 convolution and a max-pooling, each with stride 2."""
 
     def __init__(
         self, in_channels: int, dim: int, norm_cfg: dict, pos: nn.Module
@@ -40,10 +40,10 @@ class ResNetStem(nn.Module):
 
 @MODELS.register_module('rest_stem_patch')
 class PatchStem(nn.Module):
-    """One linear layer for each patch of 4x4 pixels and a LayerNorm, as in PVT.
+    """The stem of PVT: a linear layer on patches of 4x4 pixels, and a LayerNorm.
 
-    The image is padded with zeros at its right and lower edge to whole patches.
-    ``norm_cfg`` has no effect.
+    Zeros pad the right and lower edge of the image to whole patches. ``norm_cfg`` has
+    no effect.
     """
 
     patch = 4
@@ -83,14 +83,14 @@ class ResidualDepthwise(nn.Module):
 class LearnableEmbedding(nn.Module):
     """``x`` plus a learnable map for images of one size.
 
-    For images of other sizes the map is interpolated (bicubic), and so it is when
-    a checkpoint with another grid is loaded.
+    Bicubic interpolation adapts the map to images of other sizes, and to checkpoints
+    with another map size.
 
     Args:
         dim (int): Channels.
-        map_stride (int): Pixels of the image from one entry of the map to the next.
-        image_size (int | Sequence[int]): Side, or height and width, of the images
-            that the map is for. Default: 224.
+        map_stride (int): Pixels of the image per entry of the map.
+        image_size (int | Sequence[int]): Side, or height and width, of the images for
+            which the map is stored. Default: 224.
 
     Raises:
         ValueError: If ``image_size`` is not one or two positive integers.
@@ -114,12 +114,9 @@ class LearnableEmbedding(nn.Module):
         return x + _resize(self.pos_embed, x.shape[-2:])
 
     def adapt_state_dict(self, state_dict: dict[str, Tensor], prefix: str) -> None:
-        """Interpolate the map in a state dict to the grid of this module.
+        """Interpolate the map in a state dict, in place, to the size of this one.
 
-        Args:
-            state_dict (dict[str, Tensor]): Changed in place; a map that lacks, or
-                has another number of channels, is left for the loader to report.
-            prefix (str): What the names of this module begin with.
+        If the map is missing or has another number of channels, the loader reports it.
         """
         name = f'{prefix}pos_embed'
         found = state_dict.get(name)
@@ -148,23 +145,6 @@ def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
 # ---------------------------------------------------------------- attentions (table 7)
 
 
-@MODELS.register_module('rest_attn_msa')
-class MSA(EMSA):
-    """Multi-head self-attention on all tokens, ``softmax(q k^T / sqrt(d)) v``.
-
-    Arguments as in :class:`EMSA`; ``sr_ratio`` has no effect.
-    """
-
-    def __init__(self, dim: int, num_heads: int, sr_ratio: int = 1, **kwargs: Any):
-        super().__init__(dim, num_heads, sr_ratio=1, **kwargs)
-        if num_heads > 1:
-            del self.transform_conv
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        drop = self.attn_drop if self.training else 0.0
-        return attention(q, k, v, self.scale, drop, self.attn_impl)
-
-
 @MODELS.register_module('rest_attn_emsa_without_both')
 class ReducedMSA(EMSA):
     """EMSA without interaction of the heads and without InstanceNorm.
@@ -177,17 +157,30 @@ class ReducedMSA(EMSA):
         if num_heads > 1:
             del self.transform_conv
 
-    attend = MSA.attend
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        drop = self.attn_drop if self.training else 0.0
+        return attention(q, k, v, self.scale, drop, self.attn_impl)
+
+
+@MODELS.register_module('rest_attn_msa')
+class MSA(ReducedMSA):
+    """Multi-head self-attention on all tokens, ``softmax(q k^T / sqrt(d)) v``.
+
+    Arguments as in :class:`EMSA`; ``sr_ratio`` has no effect.
+    """
+
+    def __init__(self, dim: int, num_heads: int, sr_ratio: int = 1, **kwargs: Any):
+        super().__init__(dim, num_heads, sr_ratio=1, **kwargs)
 
 
 @MODELS.register_module('rest_attn_emsa_without_norm')
 class UnnormalisedEMSA(EMSA):
     """EMSA without InstanceNorm, ``softmax(Conv1x1(scale * q k^T)) v``.
 
-    Every map is stored. Arguments as in :class:`EMSA`.
+    It stores all maps. Arguments as in :class:`EMSA`.
 
     Raises:
-        ValueError: If ``attn_impl`` is ``'tiled'``.
+        ValueError: If ``attn_impl`` is neither ``'auto'`` nor ``'dense'``.
     """
 
     def __init__(self, dim: int, num_heads: int, **kwargs: Any) -> None:
@@ -211,7 +204,7 @@ class UnnormalisedEMSA(EMSA):
 
 
 class PooledEMSA(EMSA):
-    """EMSA whose keys and values come from a pooling over the same windows.
+    """EMSA that reduces keys and values by pooling over the same windows.
 
     Args:
         reduction (str): ``'avg'`` or ``'max'``.
@@ -246,16 +239,16 @@ class PooledEMSA(EMSA):
 
 @MODELS.register_module('rest_attn_emsa')
 def emsa(sr_ratio: int = 1, reduction: str = 'conv', **kwargs: Any) -> EMSA:
-    """Build the published attention, or the one with another reduction.
+    """Build the published attention, or its variant with pooling.
 
     Args:
         sr_ratio (int): As in :class:`EMSA`. Default: 1.
-        reduction (str): ``'conv'``, as published; ``'avg'`` or ``'max'``, a pooling.
-            Default: ``'conv'``.
+        reduction (str): ``'conv'``, as published, or ``'avg'`` or ``'max'`` for
+            pooling. Default: ``'conv'``.
         **kwargs: As in :class:`EMSA`.
 
     Raises:
-        ValueError: If ``reduction`` is none of these.
+        ValueError: If ``reduction`` has another value.
     """
     if reduction not in ('conv', 'avg', 'max'):
         raise ValueError(

@@ -1,11 +1,11 @@
 """ResT v2, the second generation (arXiv:2204.07366).
 
-The network in the order of :mod:`mmrest.models.rest`: parts, blocks, stages. What both
-generations share is imported from there. Three things differ: the stem and the patch
-embeddings end with a LayerNorm, the attention is plain, with a branch that upsamples
-the values, and the norms of the outputs do not lie on the way to the next stage.
+The order is that of :mod:`mmrest.models.rest`, from which the shared parts come. Three
+things differ. Stem and patch embeddings end with a LayerNorm. The attention is plain
+and has a branch that upsamples the values. The next stage receives a map before its
+output norm.
 
-The parameters have the names of the published ImageNet checkpoints.
+Parameters are named as in the published ImageNet checkpoints.
 """
 
 from collections.abc import Sequence
@@ -30,10 +30,10 @@ from .utils import (
     to_tokens,
 )
 
-# of every LayerNorm; ResT has PyTorch's default, 1e-5
+# Epsilon of all LayerNorms; ResT has PyTorch's default, 1e-5
 EPS = 1e-6
 
-# of the published ImageNet models
+# Sizes of the published ImageNet models
 ARCHS: dict[str, Arch] = {
     'tiny': Arch((96, 192, 384, 768), (1, 2, 4, 8), (1, 2, 6, 2), (8, 4, 2, 1)),
     'small': Arch((96, 192, 384, 768), (1, 2, 4, 8), (1, 2, 12, 2), (8, 4, 2, 1)),
@@ -42,11 +42,11 @@ ARCHS: dict[str, Arch] = {
 }
 
 
-# ---------------------------------------------------------------- entries of the stages
+# ---------------------------------------------------------------- embeddings
 
 
 class Stem(nn.Module):
-    """Two 3x3 convolutions with stride 2 and a 1x1 one, the position, a LayerNorm.
+    """Two 3x3 convolutions with stride 2, a 1x1 one, pixel attention, LayerNorm.
 
     An image (B, in_channels, H, W) becomes a map (B, dim, ceil(H / 4), ceil(W / 4)).
     """
@@ -72,7 +72,7 @@ class Stem(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Entry of stages 2 to 4: halves the map, encodes the position, normalises.
+    """Stages 2 to 4: a 3x3 convolution with stride 2, pixel attention, LayerNorm.
 
     A map of shape (B, in_dim, H, W) becomes (B, dim, ceil(H / 2), ceil(W / 2)).
     """
@@ -96,14 +96,14 @@ def norm_map(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 class PixelShuffle(nn.PixelShuffle):
-    """PyTorch's, with a result in channels_last order on every device."""
+    """PyTorch's PixelShuffle with a result in channels_last order on every device."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # on a CPU it keeps the order of x
+        # on CPUs, PyTorch keeps the memory format of x
         return super().forward(x) if x.device.type == 'cpu' else self.copy_once(x)
 
     def copy_once(self, x: Tensor) -> Tensor:
-        """The same where PyTorch's result is contiguous, and tokens a second copy."""
+        """Shuffle with one copy; on GPUs PyTorch's result would need another one."""
         r, (b, c, h, w) = self.upscale_factor, x.shape
         # B, r * r * C, H, W -> B, H, r, W, r, C -> B, C, r * H, r * W
         x = x.reshape(b, c // r**2, r, r, h, w).permute(0, 4, 2, 5, 3, 1)
@@ -114,8 +114,8 @@ def crop(x: Tensor, size: Size) -> Tensor:
     """Cut (B, H', W', C) down to (B, H, W, C)."""
     if not torch.compiler.is_compiling():
         return x[:, : size[0], : size[1]]
-    # a slice has other strides where there is something to cut, and so a program for
-    # dynamic sizes would hold for half of them
+    # The strides of a slice depend on whether it cuts anything. A program that is
+    # compiled for dynamic sizes would thus be valid for some sizes only.
     below, right = size[0] - x.shape[1], size[1] - x.shape[2]
     return F.pad(x, (0, 0, 0, right, 0, below))
 
@@ -123,15 +123,15 @@ def crop(x: Tensor, size: Size) -> Tensor:
 class EMSAv2(nn.Module):
     """Efficient multi-head self-attention, second version.
 
-    A depthwise convolution reduces the map that keys and values come from, as in
-    :class:`mmrest.models.rest.EMSA`. The heads do not interact, and no norm follows
-    the softmax. Instead the values, upsampled to the size of the queries by a
-    convolution and a pixel shuffle, are added to the result.
+    As in :class:`mmrest.models.rest.EMSA`, a depthwise convolution reduces the map
+    from which keys and values are computed. The heads do not interact, and no norm
+    follows the softmax. Instead, a convolution and a pixel shuffle upsample the values
+    to the size of the queries, and they are added to the result.
 
     Args:
         dim (int): Channels C of the tokens.
-        num_heads (int): Heads h; they divide ``dim``.
-        sr_ratio (int): Keys and values come from a map of
+        num_heads (int): Heads h. Must divide ``dim``.
+        sr_ratio (int): Spatial reduction of keys and values, to a map of
             ceil(H / sr_ratio) x ceil(W / sr_ratio). Default: 1.
         attn_impl (str): See :class:`ResTV2`. Default: ``'auto'``.
     """
@@ -161,7 +161,7 @@ class EMSAv2(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, size: Size) -> Tensor:
-        # B, N, C -> B, M, C -> B, M, 2C -> twice B, M, C
+        # B, N, C -> B, M, C -> B, M, 2C -> k and v: B, M, C
         reduced, reduced_size = self.reduce(x, size)
         k, v = self.kv(reduced).chunk(2, dim=-1)
         # B, N, C -> B, h, N, d
@@ -174,12 +174,12 @@ class EMSAv2(nn.Module):
         )
         # B, h, N, d -> B, N, C
         x = x.transpose(1, 2).flatten(2)
-        # the sum takes the name, so that what it came from is freed before `proj`
+        # assigned to x, so that both summands are freed before `proj`
         x = x + self.upsample(v, reduced_size, size)
         return self.proj(x)
 
     def reduce(self, x: Tensor, size: Size) -> tuple[Tensor, Size]:
-        """The tokens that keys and values come from, (B, M, C), and their grid."""
+        """Reduce the tokens for keys and values, to (B, M, C), and give their size."""
         if self.sr_ratio == 1:
             return x, size
         # B, N, C -> B, C, H, W -> B, C, H / sr, W / sr -> B, M, C
@@ -187,10 +187,10 @@ class EMSAv2(nn.Module):
         return self.sr_norm(to_tokens(x)), (x.shape[2], x.shape[3])
 
     def upsample(self, v: Tensor, reduced_size: Size, size: Size) -> Tensor:
-        """Values (B, M, C) on a grid as large as that of the queries, (B, N, C)."""
+        """Upsample the values (B, M, C) to the size of the queries, (B, N, C)."""
         # B, M, C -> B, C, H / sr, W / sr -> B, C, H, W -> B, H, W, C
         x = self.up(to_map(v, reduced_size)).permute(0, 2, 3, 1)
-        # rows and columns beyond the map are there if the ratio does not divide it
+        # where the ratio does not divide the size, there are too many rows or columns
         return self.up_norm(crop(x, size).flatten(1, 2))
 
     def split_heads(self, x: Tensor) -> Tensor:
@@ -212,37 +212,34 @@ class ResTV2(BaseResT):
             integers each) and ``mlp_ratios`` (four numbers or one, default 4).
             Default: ``'tiny'``.
         in_channels (int): Channels of the image. Default: 3.
-        out_indices (Sequence[int]): Stages whose maps are returned, ascending;
-            0 to 3 stand for stages 1 to 4. Later stages are not built.
+        out_indices (Sequence[int]): Stages whose maps are returned, in ascending
+            order, counted from 0. Stages after the last one are not built.
             Default: (0, 1, 2, 3).
-        drop_path_rate (float): Stochastic depth of the last block; it rises
-            linearly from 0 at the first. Default: 0.
+        drop_path_rate (float): Stochastic depth rate of the last block. The rate
+            rises linearly from 0 in the first block. Default: 0.
         frozen_stages (int): -1 freezes nothing, 0 the stem, k the stem and stages
             1 to k with their patch embeddings: no gradients, norms in evaluation
-            mode. The norms of the outputs stay trainable. Default: -1.
+            mode. The output norms stay trainable. Default: -1.
         norm_eval (bool): Whether all BatchNorms, which are in the stem, stay in
             evaluation mode. Default: False.
-        with_cp (bool): Whether the activations of stem, patch embeddings and blocks
-            are computed again in the backward pass instead of being stored. The
-            statistics of BatchNorms are updated once all the same. Default: False.
-        norm_cfg (dict): The two norms between the convolutions of the stem.
+        with_cp (bool): Whether stem, patch embeddings and blocks recompute their
+            activations in the backward pass instead of storing them. BatchNorms
+            still update their statistics once. Default: False.
+        norm_cfg (dict): Config of the two norms between the stem's convolutions.
             Default: ``dict(type='BN')``.
-        out_norm (str): ``'branch'``: each output has a LayerNorm of its own,
-            ``norm_1`` to ``norm_4``, and the next stage receives the plain map.
+        out_norm (str): ``'branch'``: the outputs have LayerNorms ``norm_1`` to
+            ``norm_4``, and the next stage receives the map before the norm.
             ``'final'``, for classification: stage 4 has the classifier's ``norm``
             instead. Default: ``'branch'``.
-        attn_impl (str): ``'auto'`` is PyTorch's fused attention, which stores no
-            attention map, and ``'tiled'`` means the same here. ``'dense'`` computes
-            as the published code does, with every map stored. Default: ``'auto'``.
-        pretrained (str, optional): Deprecated, as in mmseg: a checkpoint, instead of
-            ``init_cfg``.
-        init_cfg (dict | list[dict], optional): ``dict(type='Pretrained',
-            checkpoint=...)`` reads a published or own checkpoint, as in
-            :class:`mmrest.models.rest.ResT`. Without it, weights are drawn: truncated
-            normal with standard deviation 0.02.
+        attn_impl (str): ``'auto'`` or ``'tiled'``: PyTorch's fused attention, which
+            stores no attention maps. ``'dense'`` stores all maps, as the published
+            code does. Default: ``'auto'``.
+        pretrained (str, optional): A checkpoint. Deprecated, use ``init_cfg``.
+        init_cfg (dict | list[dict], optional): As in :class:`mmrest.models.rest.ResT`.
+            Default: None.
 
     Raises:
-        ValueError: If an argument is not one of those described.
+        ValueError: If an argument has a value other than those above.
 
     Example:
         >>> import torch
@@ -255,7 +252,7 @@ class ResTV2(BaseResT):
     """
 
     generation = 'ResTV2'
-    entry_names = ('stem', 'patch_2', 'patch_3', 'patch_4')
+    embed_names = ('stem', 'patch_2', 'patch_3', 'patch_4')
 
     def __init__(
         self,
@@ -288,6 +285,8 @@ class ResTV2(BaseResT):
                 f"out_norm must be 'branch' or 'final', found {out_norm!r}"
             )
         self.out_norm = out_norm
+        last = 'norm' if out_norm == 'final' else 'norm_4'
+        self.out_norm_names = ('norm_1', 'norm_2', 'norm_3', last)
         check_norm_cfg(norm_cfg)
 
         dims, heads, depths, sr_ratios, mlp_ratios = self.arch
@@ -296,7 +295,7 @@ class ResTV2(BaseResT):
             if i == 0:
                 self.stem = Stem(in_channels, dims[0], norm_cfg)
             else:
-                self.add_module(self.entry_names[i], PatchEmbed(dims[i - 1], dims[i]))
+                self.add_module(self.embed_names[i], PatchEmbed(dims[i - 1], dims[i]))
             stage = Stage(
                 Block(
                     dim=dims[i],
@@ -314,38 +313,24 @@ class ResTV2(BaseResT):
         match_gradient_strides(self)
         self.freeze_stages()
 
-    @property
-    def out_norm_names(self) -> tuple[str, ...]:
-        """The norm of the output of each stage."""
-        last = 'norm' if self.out_norm == 'final' else 'norm_4'
-        return ('norm_1', 'norm_2', 'norm_3', last)
-
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Compute the maps of the requested stages.
-
-        Args:
-            x (Tensor): Images, of shape (B, in_channels, H, W), of any size.
-
-        Returns:
-            tuple[Tensor, ...]: For each of ``out_indices`` a map of shape
-            (B, C_i, ceil(H / 4 / 2**i), ceil(W / 4 / 2**i)), contiguous.
-        """
+        """Compute the maps of the requested stages, see :meth:`ResT.forward`."""
         x = self.take_image(x)
         outs = []
         for i in range(self.num_stages):
             # B, C, H, W -> B, C_i, H_i, W_i
-            x = self.enter(i, x)
+            x = self.embed(i, x)
             size = (x.shape[2], x.shape[3])
             # B, C_i, H_i, W_i -> B, N, C_i -> B, C_i, H_i, W_i
             x = to_map(self.stage(i)(to_tokens(x), size), size)
             if i in self.out_indices:
                 out = norm_map(getattr(self, self.out_norm_names[i]), x)
-                # contiguous: mmcv's RoIAlign reads channels_last maps of a CPU wrongly
+                # contiguous, since mmcv's RoIAlign misreads channels_last maps on CPUs
                 outs.append(out.contiguous())
         return tuple(outs)
 
     def adapt_state_dict(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Rename the norms of a published detector, ``norm_1.0.weight`` and so on."""
+        """Rename output norms of published detectors, such as ``norm_1.0.weight``."""
         for i in range(1, NUM_STAGES + 1):
             for end in ('weight', 'bias'):
                 name = f'{prefix}norm_{i}.0.{end}'
@@ -358,17 +343,7 @@ class ResTV2(BaseResT):
         self.adapt_state_dict(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def names_not_in_checkpoints(self) -> tuple[str, ...]:
-        names = (self.out_norm_names[i] for i in self.out_indices)
-        return tuple(name for name in names if name != 'norm')
-
     def names_only_in_checkpoints(self) -> tuple[str, ...]:
-        absent = {'head'}
-        if not hasattr(self, 'norm'):
-            absent.add('norm')
-        for i in range(NUM_STAGES):
-            if i not in self.out_indices:
-                absent.add(f'norm_{i + 1}')
-            if i >= self.num_stages:
-                absent.update((self.entry_names[i], f'stage{i + 1}'))
-        return tuple(sorted(absent))
+        names = super().names_only_in_checkpoints()
+        # files of classifiers have `norm`, those of detectors `norm_4`
+        return names if hasattr(self, 'norm') else (*names, 'norm', 'norm_4')

@@ -1,4 +1,4 @@
-"""What the backbones need beside their layers: checks of arguments, modes, layouts."""
+"""Helpers of the backbones: layouts, arguments, parts from configs, freezing."""
 
 import inspect
 import warnings
@@ -25,17 +25,16 @@ PartCfg = Union[str, dict]
 
 
 def to_map(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Tokens (B, H * W, C) as a map (B, C, H, W)."""
-    # sizes, and no unflatten: the legacy ONNX exporter would keep those of its example
+    """View tokens (B, H * W, C) as a map (B, C, H, W)."""
+    # no unflatten, with which the legacy ONNX exporter fixes the size of its example
     x = x.reshape(x.shape[0], size[0], size[1], x.shape[2]).permute(0, 3, 1, 2)
     if torch.compiler.is_dynamo_compiling() and not is_exporting():
         return _channels_last_copy(x)
     return x
 
 
-# Inductor (PyTorch 2.13) cannot save a view of a size that it does not know for the
-# backward pass of a convolution ("cannot determine truth value of Relational"), so what
-# a convolution takes is no view when it compiles.
+# Inductor (PyTorch 2.13) cannot save a view of unknown size for the backward pass of a
+# convolution ("cannot determine truth value of Relational"), so it gets a copy.
 @torch.library.custom_op('mmrest::channels_last_copy', mutates_args=())
 def _channels_last_copy(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.channels_last)
@@ -50,22 +49,24 @@ _channels_last_copy.register_autograd(lambda ctx, grad: grad)
 
 
 def to_tokens(x: Tensor) -> Tensor:
-    """A map (B, C, H, W) as tokens (B, H * W, C)."""
-    # a map in another memory format than channels_last is copied here
+    """View a map (B, C, H, W) as tokens (B, H * W, C).
+
+    A map that is not in channels_last order is copied.
+    """
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def depthwise_conv(
     dim: int, out_dim: Optional[int] = None, **options: Any
 ) -> nn.Conv2d:
-    """A convolution of each channel by itself; ``out_dim`` is a multiple of ``dim``."""
+    """Build a depthwise convolution; ``out_dim`` is a multiple of ``dim``."""
     return nn.Conv2d(dim, out_dim or dim, groups=dim, **options)
 
 
 def reduce_map(conv: nn.Module, x: Tensor) -> Tensor:
-    """Call the strided depthwise convolution that keys and values come from.
+    """Reduce a map by the strided depthwise convolution of the attention.
 
-    On a CPU its gradients take 5 to 14 times as long in bfloat16 as in float32, so that
+    On CPUs its gradients take 5 to 14 times as long in bfloat16 as in float32, so
     training under autocast computes it in float32.
     """
     if not (
@@ -82,10 +83,10 @@ def reduce_map(conv: nn.Module, x: Tensor) -> Tensor:
 def match_gradient_strides(module: nn.Module) -> None:
     """Give the gradients of convolutions the strides of their weights.
 
-    A dimension of size 1 may have any stride, and those of the gradients of depthwise
-    and 1x1 convolutions depend on device and type. DistributedDataParallel copies a
-    gradient with other strides than its parameter's, and warns. May be called again,
-    for parameters that are new.
+    DistributedDataParallel copies gradients whose strides are not those of the
+    parameter, and warns. A dimension of size 1 may have any stride. Which one it has in
+    depthwise and 1x1 convolutions depends on device and type. It may be called again,
+    for new parameters.
     """
     for parameter in module.parameters():
         hooks = (parameter._backward_hooks or {}).values()
@@ -109,11 +110,11 @@ def _with_strides_of(parameter: Any, grad: Tensor) -> Tensor:
 
 
 def resolve_arch(arch: Union[str, dict], archs: dict[str, Any]) -> Any:
-    """Return the sizes that a name or a dict stands for.
+    """Return the ``Arch`` of a name or a dict.
 
     Args:
-        arch (str | dict): A key of ``archs`` or a dict with the fields of ``Arch``; a
-            single number as ``mlp_ratios`` holds for all stages.
+        arch (str | dict): A key of ``archs``, or a dict with the fields of ``Arch``. A
+            single number as ``mlp_ratios`` applies to all stages.
         archs (dict[str, Arch]): The published variants.
 
     Raises:
@@ -180,11 +181,7 @@ def _check_arch_entry(name: str, values: Any) -> None:
 
 
 def check_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
-    """Return the indices as a tuple.
-
-    Raises:
-        ValueError: If they are not ascending stage indices.
-    """
+    """Return the indices as a tuple, or raise a ``ValueError``."""
     indices = tuple(out_indices) if isinstance(out_indices, (list, tuple)) else ()
     in_range = all(_is_int(i) and 0 <= i < NUM_STAGES for i in indices)
     if not indices or not in_range or list(indices) != sorted(set(indices)):
@@ -196,11 +193,7 @@ def check_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
 
 
 def check_frozen_stages(frozen_stages: int) -> int:
-    """Return the number.
-
-    Raises:
-        ValueError: If it is none from -1 to 4.
-    """
+    """Return the number, or raise a ``ValueError``."""
     if not _is_int(frozen_stages) or not -1 <= frozen_stages <= NUM_STAGES:
         raise ValueError(
             'frozen_stages must be an integer from -1 (nothing) over 0 (stem) to '
@@ -210,11 +203,7 @@ def check_frozen_stages(frozen_stages: int) -> int:
 
 
 def check_norm_cfg(norm_cfg: dict) -> dict:
-    """Return the config.
-
-    Raises:
-        ValueError: If it names no norm.
-    """
+    """Return the config, or raise a ``ValueError``."""
     if not isinstance(norm_cfg, dict) or 'type' not in norm_cfg:
         raise ValueError(
             "norm_cfg must be a dict with a 'type', such as dict(type='BN') or "
@@ -229,7 +218,7 @@ def merge_pretrained(
     """Turn the deprecated argument ``pretrained`` into an ``init_cfg``.
 
     Raises:
-        ValueError: If both are given, or ``pretrained`` is no text.
+        ValueError: If both are given, or ``pretrained`` is not a string.
     """
     if pretrained is None:
         return init_cfg
@@ -255,31 +244,31 @@ def _is_int(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-# ---------------------------------------------------------------- parts by name
+# ---------------------------------------------------------------- parts from configs
 
-# What constructors of other packages call the channels of a map.
+# Names that constructors of other packages use for the channels of a map
 _CHANNELS = ('dim', 'in_channels', 'channels', 'embed_dims', 'num_channels')
 
 
 def build_part(place: str, cfg: PartCfg, **given: Any) -> nn.Module:
-    """Build the stem, positional encoding or attention that a config names.
+    """Build a stem, positional encoding or attention from its config.
 
-    The name ``'pa'`` as ``pos_cfg`` stands for ``'rest_pos_pa'`` in MMEngine's
-    ``MODELS``; any other name, or class, is looked up as it is.
+    The name ``'pa'`` as ``pos_cfg`` is short for ``'rest_pos_pa'`` in MMEngine's
+    ``MODELS``. Other names are looked up there as they are.
 
-    - A stem is built with ``in_channels``, ``dim``, ``norm_cfg`` and ``pos``; it maps
-      an image to ``pos(map)``, of shape (B, dim, ceil(H / 4), ceil(W / 4)).
-    - A positional encoding is built with ``dim`` (under the first name that its
-      constructor has for channels) and ``map_stride``, the pixels from one entry of
-      the map to the next, if it takes that; it maps a map to one of the same shape.
-    - An attention is built with ``dim``, ``num_heads``, ``sr_ratio``, ``qkv_bias``,
-      ``attn_drop``, ``proj_drop`` and ``attn_impl``; it maps tokens (B, H * W, dim)
-      and the size (H, W) to tokens.
+    - A stem receives ``in_channels``, ``dim``, ``norm_cfg`` and ``pos``. It turns an
+      image into ``pos(map)``, of shape (B, dim, ceil(H / 4), ceil(W / 4)).
+    - A positional encoding receives ``dim``, under the name that its constructor has
+      for channels, and ``map_stride``, the pixels of the image per entry of the map, if
+      it has such an argument. It keeps the shape of a map.
+    - An attention receives ``dim``, ``num_heads``, ``sr_ratio``, ``qkv_bias``,
+      ``attn_drop``, ``proj_drop`` and ``attn_impl``. It takes tokens (B, H * W, dim)
+      and the size (H, W), and returns tokens.
 
     Args:
         place (str): ``'stem'``, ``'pos'`` or ``'attn'``.
         cfg (str | dict): A name, or a dict with ``type`` and options.
-        **given: What every part of this place is built with.
+        **given: Arguments that the network passes to the constructor.
 
     Raises:
         ValueError: If the name is unknown or an option does not fit.
@@ -314,7 +303,7 @@ def _look_up(place: str, name: str) -> Optional[type]:
     own = MODELS.module_dict.get(f'rest_{place}_{name}')
     if own is not None:
         return own
-    # as MODELS.build does: the default scope's registry comes first
+    # as MODELS.build does, in the registry of the default scope first
     with MODELS.switch_scope_and_registry(None) as models:
         return models.get(name)
 
@@ -333,26 +322,25 @@ def _known(place: str) -> str:
     return f'one of {", ".join(map(repr, names))}'
 
 
-# ---------------------------------------------------------------- modes
+# ------------------------------------------------- freezing and recomputation
 
 
 def freeze(module: nn.Module) -> None:
-    """No gradients, and norms in evaluation mode."""
+    """Turn off gradients, and put norms into evaluation mode."""
     module.eval()
     module.requires_grad_(False)
 
 
 def checkpoint_module(module: nn.Module, *args: Any) -> Tensor:
-    """Call a module so that it stores its inputs alone, if there will be a gradient.
+    """Call a module so that it stores only its inputs and recomputes the rest.
 
-    BatchNorms count a batch once: in the second pass they compute with the statistics
-    of their batch, as in the first, and leave the running ones alone.
+    BatchNorms update their running statistics in the first pass only.
     """
     if not torch.is_grad_enabled():
         return module(*args)
     options: dict[str, Any] = {}
     if _live_norms(module):
-        if torch.compiler.is_compiling():  # which knows no context_fn
+        if torch.compiler.is_compiling():  # Dynamo does not support context_fn
             return module(*args)
         options['context_fn'] = partial(_contexts_of_passes, module)
     return checkpoint(module, *args, use_reentrant=False, **options)
@@ -368,7 +356,7 @@ def _contexts_of_passes(
 def _without_updates(module: nn.Module) -> Iterator[None]:
     norms = _live_norms(module)
     buffers = [dict(norm.named_buffers(recurse=False)) for norm in norms]
-    # autograd counts on the same tensors being there: copies take the updates
+    # autograd needs the same tensors afterwards, so copies receive the updates
     for norm, tensors in zip(norms, buffers):
         for name, tensor in tensors.items():
             setattr(norm, name, tensor.clone())
@@ -381,7 +369,7 @@ def _without_updates(module: nn.Module) -> Iterator[None]:
 
 
 def _live_norms(module: nn.Module) -> list[nn.Module]:
-    """Norms whose running statistics a forward pass would update."""
+    """Norms whose running statistics a forward pass updates."""
     return [
         m
         for m in module.modules()

@@ -1,9 +1,8 @@
-"""The MLP of a Transformer block without its hidden layer in memory.
+"""The MLP of a Transformer block, without storing its hidden layer.
 
-The hidden layer is four times as wide as the tokens. It exists for a chunk of tokens
-at a time, on a CPU small enough for the cache, and the backward pass makes each chunk
-again: one more product to the six that training needs, for a block that keeps its
-input alone.
+The hidden layer is four times as wide as the tokens. It is computed for a chunk of
+tokens at a time, small enough for the cache of a CPU, and again in the backward pass.
+Training thus takes seven matrix products instead of six, and stores only the input.
 """
 
 from collections.abc import Iterator
@@ -15,25 +14,25 @@ from torch import Tensor, nn
 
 from .fast_path import is_plain, is_watched
 
-# Bytes of a chunk's hidden layer.
+# Bytes of a chunk's hidden layer
 CPU_CHUNK_BYTES = 4 * 2**20
 GPU_CHUNK_BYTES = 256 * 2**20
-# A backward chunk adds to every weight's gradient, so it has as many rows as pays.
+# Each backward chunk is added to the gradients of all weights, so it must not be small
 MIN_BACKWARD_ROWS = 1024
 
 
 def gelu_mlp(
     x: Tensor, fc1: nn.Linear, act: nn.GELU, drop: nn.Dropout, fc2: nn.Linear
 ) -> Tensor:
-    """``drop(fc2(drop(act(fc1(x)))))`` on tokens of shape (B, N, C).
+    """Compute ``drop(fc2(drop(act(fc1(x)))))`` on tokens of shape (B, N, C).
 
-    Two linear layers with an exact GELU between them are computed in chunks, unless
-    something waits for a call of one of the layers, see :mod:`mmrest.ops.fast_path`.
+    It is computed in chunks if the GELU is the exact one, dropout is off, and nothing
+    depends on calls of the layers, see :mod:`mmrest.ops.fast_path`.
     """
     if _may_be_chunked(x, fc1, act, drop, fc2):
         inputs: tuple[Tensor, ...] = (x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
         if torch.is_autocast_enabled(x.device.type):
-            # once here, where autograd sees it, and not in every chunk
+            # once, where autograd records it, and not in each chunk
             dtype = torch.get_autocast_dtype(x.device.type)
             inputs = tuple(
                 t if t.dtype == torch.float64 else t.to(dtype) for t in inputs
@@ -64,7 +63,7 @@ def _chunk_rows(x: Tensor, weight1: Tensor) -> int:
 
 
 class _ChunkedMlp(torch.autograd.Function):
-    """``linear(gelu(linear(x)))``; the backward pass needs ``x`` and the weights."""
+    """``linear(gelu(linear(x)))``, of which only ``x`` and the weights are saved."""
 
     @staticmethod
     def forward(
@@ -113,7 +112,7 @@ class _ChunkedMlp(torch.autograd.Function):
 
 
 def _chunks(length: int, rows: int) -> Iterator[slice]:
-    """Slices of ``rows`` that cover ``length``, at least one."""
+    """Yield slices of ``rows`` rows that cover ``length``, at least one."""
     for start in range(0, max(1, length), rows):
         yield slice(start, start + rows)
 
@@ -121,6 +120,6 @@ def _chunks(length: int, rows: int) -> Iterator[slice]:
 def _add(
     total: Optional[tuple[Tensor, ...]], parts: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
-    """``total + parts`` in float32 or better."""
+    """Add in float32 or better."""
     wide = tuple(p if p.dtype == torch.float64 else p.float() for p in parts)
     return wide if total is None else tuple(t + w for t, w in zip(total, wide))

@@ -1,8 +1,8 @@
-"""When a fast path may stand in for calls of layers.
+"""Whether a fast path may replace the calls of layers.
 
-A fast path reads the weights of layers and never calls them. It may be taken only where
-nobody can tell: not if a hook, a parametrisation, an adapter, a pruning mask, a counter
-or an exporter waits for the call.
+A fast path reads the weights of layers without calling them. It must not be taken if a
+hook, a parametrisation, an adapter, a pruning mask, a FLOP counter or an exporter
+depends on the calls.
 """
 
 from typing import Any
@@ -13,22 +13,22 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.utils._device import DeviceContext
 
-# Attributes of a module that hold its hooks. With `_global` before them they are names
-# in torch.nn.modules.module, of the hooks on all modules.
+# Attributes of a module that hold its hooks. Hooks on all modules have the same names
+# in torch.nn.modules.module, with `_global` before them.
 _HOOKS = (
     '_forward_hooks',
     '_forward_pre_hooks',
     '_backward_hooks',
     '_backward_pre_hooks',
 )
-# PyTorch's own formulas. A program may have put another `forward` into the class.
+# PyTorch's own methods, since a program may have replaced them in the classes
 _FORWARDS: dict[type[nn.Module], Any] = {
     kind: kind.forward for kind in (nn.Conv2d, nn.Dropout, nn.GELU, nn.Linear)
 }
 
 
 def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling a layer does nothing but compute PyTorch's formula for it.
+    """Whether a layer is PyTorch's own, without anything attached to it.
 
     Args:
         layer (nn.Module): The layer.
@@ -36,7 +36,7 @@ def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
 
     Returns:
         bool: False if the layer is of another class (a subclass, an adapter, a
-        parametrisation), has another ``forward``, hooks, or parameters of a tensor
+        parametrisation), or has another ``forward``, hooks, or parameters of a tensor
         subclass.
     """
     return (
@@ -56,12 +56,11 @@ def _has_plain_parameters(layer: nn.Module) -> bool:
 
 
 def is_watched(x: Tensor) -> bool:
-    """Whether something would see every layer that is called with ``x``.
+    """Whether something observes all layers that are called with ``x``.
 
-    That is a hook on all modules, a function mode or dispatch mode (FLOP counters, fake
-    tensors), a subclass of Tensor, the meta device (where nothing is to be saved), a
-    transform of ``torch.func``, or a recording of the code by a compiler or exporter,
-    which finds its own plan.
+    That may be a hook on all modules, a function or dispatch mode (FLOP counters, fake
+    tensors), a subclass of Tensor, a transform of ``torch.func``, or a compiler or
+    exporter, which records the layers. On the meta device there is nothing to save.
     """
     return (
         is_exporting()
@@ -75,7 +74,7 @@ def is_watched(x: Tensor) -> bool:
 
 
 def is_exporting() -> bool:
-    """Whether TorchScript or ONNX export records, which know no operator of ours."""
+    """Whether export to TorchScript or ONNX is running, without our operators."""
     return (
         torch.jit.is_scripting()
         or torch.jit.is_tracing()
@@ -84,9 +83,9 @@ def is_exporting() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether ``torch.func`` (``grad``, ``vmap``) or forward-mode AD is at work."""
+    """Whether ``torch.func`` (``grad``, ``vmap``, ...) or forward-mode AD is active."""
     if torch.compiler.is_compiling():
-        return False  # Dynamo has answers of its own to the questions below
+        return False  # Dynamo cannot trace the calls below
     return (
         torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
@@ -96,6 +95,6 @@ def is_transformed() -> bool:
 def _is_mode_active() -> bool:
     if torch._C._len_torch_dispatch_stack() > 0:
         return True
-    # a default device is a function mode too, and observes nothing
+    # a default device is a function mode too, but observes nothing
     modes = torch.overrides._get_current_function_mode_stack()
     return any(not isinstance(mode, DeviceContext) for mode in modes)

@@ -1,12 +1,12 @@
-"""ResT's attention: the definition, and the choice of an implementation.
+"""ResT's attention: its definition, and the choice of an implementation.
 
 ======================  ============================================================
-``dense``               the paper's equations, operation by operation, with every map
-                        stored: the reference that all others are tested against
-``tiled``               the same in memory that does not grow with the maps, see
+``dense``               the paper's equations, operation by operation, with all maps
+                        stored: the reference for the tests of the others
+``tiled``               a tile of rows at a time, without storing the maps, see
                         :mod:`mmrest.ops.tiled`
-``triton``              tiles whose steps between the products are fused, for CUDA,
-                        see :mod:`mmrest.ops.triton_head_interaction`
+``triton``              tiles with fused kernels for CUDA, see
+                        :mod:`mmrest.ops.triton_head_interaction`
 ======================  ============================================================
 """
 
@@ -23,7 +23,7 @@ from .triton_head_interaction import triton_head_interaction_attention, why_not
 
 ATTN_IMPLS = ('auto', 'tiled', 'triton', 'dense')
 
-# Below this many rows a part costs more than a thread gives.
+# Smaller parts cost more than another thread saves.
 MIN_PART_ROWS = 256
 
 
@@ -39,12 +39,11 @@ def head_interaction_attention(
     attn_impl: str = 'auto',
     tile_rows: Optional[int] = None,
 ) -> Tensor:
-    """Attention whose heads interact and whose maps are normalised.
+    """Compute ``InstanceNorm(softmax(Conv1x1(scale * q k^T))) v``.
 
-    ``InstanceNorm(softmax(Conv1x1(scale * q k^T))) v``: the 1x1 convolution
-    mixes the score maps of the heads, and the instance norm, without affine
-    parameters or running statistics, gives each head's N x M map zero mean and
-    unit variance, in training and evaluation alike (section 3.1 of the paper).
+    The 1x1 convolution mixes the score maps of the heads. The instance norm, without
+    affine parameters or running statistics, gives each head's N x M map zero mean and
+    unit variance, also in evaluation (section 3.1 of the paper).
 
     Args:
         q (Tensor): Queries, of shape (B, h, N, d).
@@ -52,19 +51,18 @@ def head_interaction_attention(
         v (Tensor): Values, of shape (B, h, M, d).
         weight (Tensor): Weight of the convolution, (h, h) or (h, h, 1, 1).
         bias (Tensor, optional): Its bias, of shape (h,). It cancels in the
-            softmax: neither the result nor any other gradient depends on it,
-            and its own gradient is 0.
+            softmax, so its gradient is 0 and nothing else depends on it.
         scale (float, optional): Factor on the scores. Default: ``d ** -0.5``.
         eps (float): Added to the variance of a map. Default: 1e-5.
-        dropout_p (float): Dropout on the normalised map; the caller passes 0 in
-            evaluation. Default: 0.
-        attn_impl (str): ``'dense'`` stores every map and is the definition;
-            ``'tiled'`` gives the same in memory that grows with N, not N x M
-            (first-order gradients only, and no ``torch.func.grad``); ``'triton'`` is
-            ``'tiled'`` with fused kernels for CUDA, and falls back to it with a
-            warning where they do not apply; ``'auto'`` is
-            ``'tiled'``, except while a model is exported to TorchScript or ONNX and
-            under the transforms of ``torch.func``. Default: ``'auto'``.
+        dropout_p (float): Dropout on the normalised map; pass 0 in evaluation.
+            Default: 0.
+        attn_impl (str): ``'dense'`` is the definition and stores all maps.
+            ``'tiled'`` gives the same in memory that grows with N instead of N x M. It
+            has first-order gradients only, and does not support ``torch.func.grad``.
+            ``'triton'`` is ``'tiled'`` with fused kernels for CUDA; where they do not
+            apply, it warns and falls back to ``'tiled'``. ``'auto'`` is ``'tiled'``,
+            or ``'dense'`` during export to TorchScript or ONNX and under the
+            transforms of ``torch.func``. Default: ``'auto'``.
         tile_rows (int, optional): Query rows of a tile. Default: chosen from the
             sizes and from ``MMREST_TILE_BYTES``, see
             :func:`mmrest.ops.tiled.choose_tile`.
@@ -74,8 +72,8 @@ def head_interaction_attention(
 
     Raises:
         ValueError: If a shape, type or option does not fit.
-        RuntimeError: If ``'tiled'`` or ``'triton'`` was asked for and the model is
-            being exported to TorchScript or ONNX.
+        RuntimeError: If ``attn_impl`` is ``'tiled'`` or ``'triton'`` during export to
+            TorchScript or ONNX.
     """
     check_attn_impl(attn_impl)
     _check_inputs(q, k, v, weight, bias)
@@ -119,11 +117,11 @@ def attention(
     dropout_p: float = 0.0,
     attn_impl: str = 'auto',
 ) -> Tensor:
-    """Plain attention, what EMSA with a single head is.
+    """Compute plain attention, ``softmax(scale * q k^T) v``.
 
     Arguments as in :func:`head_interaction_attention`. Every ``attn_impl`` but
-    ``'dense'`` is PyTorch's fused attention, and ``'auto'`` is ``'dense'`` under the
-    transforms of ``torch.func``: the fused one has no forward derivatives on a CPU.
+    ``'dense'`` uses PyTorch's fused attention, but ``'auto'`` is ``'dense'`` under the
+    transforms of ``torch.func``, since the fused one has no forward derivatives on CPUs.
     """
     check_attn_impl(attn_impl)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -131,7 +129,7 @@ def attention(
         return dense_attention(q, k, v, scale, dropout_p)
     batch, parts = q.shape[0], _row_parts(q)
     if parts > 1:
-        # B, h, N, d -> B * parts, h, N / parts, d, a view of tokens
+        # B, h, N, d -> B * parts, h, N / parts, d, without a copy
         q = q.unflatten(2, (parts, -1)).transpose(1, 2).flatten(0, 1)
         k, v = (t[:, None].expand(-1, parts, -1, -1, -1).flatten(0, 1) for t in (k, v))
     x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
@@ -142,10 +140,10 @@ def attention(
 
 
 def _row_parts(q: Tensor) -> int:
-    """In how many parts the rows are attended to, each as an image of its own.
+    """Return into how many parts to split the rows, to use all threads.
 
-    On a CPU, PyTorch's backward pass has one thread for each image and head. Rows are
-    independent of each other, so their parts give work to the others.
+    On CPUs, the backward pass of PyTorch's attention has one thread per image and head.
+    Rows are independent, so that parts of them can be passed as images.
     """
     if (
         q.device.type != 'cpu'
@@ -206,11 +204,7 @@ def dense_attention(
 
 
 def check_attn_impl(attn_impl: str) -> str:
-    """Return ``attn_impl`` if it names an implementation.
-
-    Raises:
-        ValueError: If it does not.
-    """
+    """Return ``attn_impl``, or raise a ``ValueError`` if there is none of this name."""
     if attn_impl not in ATTN_IMPLS:
         raise ValueError(
             f'attn_impl must be one of {", ".join(map(repr, ATTN_IMPLS))}, '

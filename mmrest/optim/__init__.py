@@ -1,4 +1,4 @@
-"""What builds optimizers for MMEngine's Runner, in its root registry."""
+"""Optimizer wrappers and their constructors, in MMEngine's root registry."""
 
 from . import amp  # noqa: F401  registers its wrapper
 from .layer_decay import LayerDecayOptimWrapperConstructor

@@ -1,4 +1,4 @@
-"""Mixed precision: bfloat16 beside MMEngine's float16, on GPUs and CPUs."""
+"""Mixed precision: bfloat16 in addition to MMEngine's float16, on GPUs and CPUs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,34 +16,34 @@ from torch.utils._pytree import tree_map_only
 from ..utils.config_types import type_name
 
 DTYPES = ('bfloat16', 'float16')
-# Modules that see float32 alone: mmcv's operators have no bfloat16, and neither the
-# coordinates of RoIs nor losses fit into its 8 bits of precision.
+# Modules that only receive float32: mmcv's operators do not support bfloat16, and its 8
+# bits of precision are not enough for the coordinates of RoIs and for losses.
 _INPUTS_IN_FLOAT32 = ('mmcv.ops.', '.roi_extractors.', '.losses.')
-# Modules of which mmdet takes the data type for anchors, boxes and scores.
+# Modules whose outputs determine the data type of anchors, boxes and scores in mmdet
 _OUTPUTS_IN_FLOAT32 = ('_heads.', '.heads.')
 
 
 class AmpError(ValueError):
-    """Mixed precision that the device or the config has no room for."""
+    """Mixed precision that the device or the config does not support."""
 
 
 @OPTIM_WRAPPERS.register_module()
 class BFloat16OptimWrapper(OptimWrapper):
-    """An ``OptimWrapper`` whose forward passes run under bfloat16 autocast.
+    """An ``OptimWrapper`` with forward passes under bfloat16 autocast.
 
-    bfloat16 has the range of float32, so the loss needs no scaling, and CPUs compute in
-    it too; MMEngine's ``AmpOptimWrapper`` scales the loss and refuses CPUs. Parameters,
+    bfloat16 has the range of float32, so the loss needs no scaling, and CPUs support
+    it. MMEngine's ``AmpOptimWrapper`` scales the loss and refuses CPUs. Parameters,
     gradients and the optimizer stay in float32.
 
     Args:
-        **kwargs: Those of ``OptimWrapper``.
+        **kwargs: As for ``OptimWrapper``.
     """
 
     _prepared: Optional[nn.Module] = None
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Autocast, and what ``OptimWrapper`` does for gradient accumulation."""
+        """Use autocast, in addition to gradient accumulation."""
         if self._prepared is not model:
             keep_in_float32(model)
             self._prepared = model
@@ -52,11 +52,11 @@ class BFloat16OptimWrapper(OptimWrapper):
 
 
 def keep_in_float32(model: nn.Module) -> None:
-    """Have boxes, losses and mmcv's operators computed in float32 under autocast.
+    """Compute boxes, losses and mmcv's operators in float32 under bfloat16 autocast.
 
-    mmcv's operators, RoI extractors and losses get hooks that cast what they are called
-    with, heads one that casts what they return. Nothing happens to float32, nor when
-    called again.
+    mmcv's operators, RoI extractors and losses get hooks that cast their inputs, and
+    heads get one that casts their outputs. Float32 is not affected. It may be called
+    repeatedly.
     """
     for module in model.modules():
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
@@ -96,10 +96,10 @@ def _output_to_float32(module: nn.Module, args: tuple, output: Any) -> Any:
 def choose_dtype(requested: str) -> str:
     """Choose the data type of ``--amp``.
 
-    ``'auto'`` is ``'bfloat16'`` where the device computes in it, else ``'float16'``.
+    ``'auto'`` is ``'bfloat16'`` if the device supports it, else ``'float16'``.
 
     Raises:
-        AmpError: If the device has no autocast in that data type.
+        AmpError: If the device does not support autocast in this data type.
     """
     device = get_device()
     if device == 'mps':
@@ -128,17 +128,16 @@ def choose_dtype(requested: str) -> str:
 
 
 def train_with_amp(cfg: Config, requested: Optional[str]) -> None:
-    """Make a config train in mixed precision.
+    """Change a config to train in mixed precision.
 
     Args:
         cfg (Config): Its ``optim_wrapper`` is changed in place.
-        requested (str, optional): As for :func:`choose_dtype`. None leaves the
-            precision to the config.
+        requested (str, optional): As for :func:`choose_dtype`. None keeps the
+            precision of the config.
 
     Raises:
-        AmpError: As :func:`choose_dtype`, for an optimizer wrapper of another type,
-            which would be replaced, and for a config that asks for MMEngine's
-            ``AmpOptimWrapper`` on a CPU.
+        AmpError: As :func:`choose_dtype`; for an optimizer wrapper of another type,
+            which would be replaced; and for MMEngine's ``AmpOptimWrapper`` on a CPU.
     """
     wrapper = cfg.get('optim_wrapper') or {}
     kinds = ('OptimWrapper', 'AmpOptimWrapper', 'BFloat16OptimWrapper')
@@ -167,7 +166,7 @@ def train_with_amp(cfg: Config, requested: Optional[str]) -> None:
 
 
 def test_with_amp(model: nn.Module, requested: str) -> None:
-    """Make the test steps of a Runner's model, wrapped or not, run in mixed precision.
+    """Run the test steps of a model, wrapped or not, in mixed precision.
 
     Raises:
         AmpError: As :func:`choose_dtype`, and for a model that is not built yet.

@@ -1,8 +1,8 @@
-"""Layer-wise learning-rate decay for every model whose backbone knows its layers.
+"""Layer-wise learning-rate decay for backbones that know their layers.
 
-mmdet and mmseg have a constructor for this, but for named backbones alone, and
-mmpretrain's one serves its own classifiers. This one asks ``get_layer_depth``, as
-mmpretrain's does, and leaves everything else to MMEngine's default constructor.
+The constructors of mmdet and mmseg support a few backbones by name, and mmpretrain's
+supports its own classifiers. This one asks the backbone's ``get_layer_depth``, as
+mmpretrain's does, and otherwise is MMEngine's default constructor.
 """
 
 from collections.abc import Callable
@@ -13,34 +13,34 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
-# which method of a backbone says how deep a parameter lies
+# method of a backbone that returns the depth of a parameter
 _DEPTHS = dict(layer_wise='get_layer_depth', stage_wise='get_stage_depth')
-# what FullyShardedDataParallel and activation checkpointing put into names
+# parts of names from FullyShardedDataParallel and activation checkpointing
 _WRAPPERS = ('_fsdp_wrapped_module.', '_checkpoint_wrapped_module.')
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """Give each layer of the backbone ``layer_decay_rate`` times the next one's rate.
+    """Scale the learning rate of each layer by ``layer_decay_rate`` per layer above it.
 
-    With L layers, layer i learns at ``layer_decay_rate ** (L - 1 - i)`` of the
-    learning rate; the last one, and with it the output norms, necks and heads, at
-    the full one. Each parameter has a group of its own with the fields ``lr_scale``,
-    ``layer_id`` and ``param_name``, as in mmpretrain.
+    Of L layers, layer i has ``layer_decay_rate ** (L - 1 - i)`` times the learning
+    rate. The last one, which includes output norms, necks and heads, has the full rate.
+    Each parameter has its own group with the fields ``lr_scale``, ``layer_id`` and
+    ``param_name``, as in mmpretrain.
 
     Args:
-        optim_wrapper_cfg (dict): Config of the optimizer wrapper; its optimizer
-            names an ``lr``.
+        optim_wrapper_cfg (dict): Config of the optimizer wrapper, whose optimizer has
+            an ``lr``.
         paramwise_cfg (dict): ``layer_decay_rate`` (float), above 0 and at most 1;
-            ``decay_type`` (str), ``'layer_wise'`` (default) or ``'stage_wise'``, where
-            the blocks of a stage are one layer, with the patch embedding that follows;
-            and any option of MMEngine's ``DefaultOptimWrapperConstructor``, such as
+            ``decay_type`` (str), ``'layer_wise'`` (default) or ``'stage_wise'``, which
+            treats the blocks of a stage and the next patch embedding as one layer; and
+            any option of MMEngine's ``DefaultOptimWrapperConstructor``, such as
             ``norm_decay_mult``, ``bias_decay_mult`` or ``custom_keys``, whose
-            ``lr_mult`` is multiplied with the layer's factor.
+            ``lr_mult`` is multiplied with the factor of the layer.
 
     Raises:
-        ValueError: If the rate or the learning rate lacks or does not fit, or, when
-            a model is given, if no part of it has ``get_layer_depth``.
+        ValueError: If one of the rates is missing or invalid, or if no part of the
+            model has ``get_layer_depth``.
 
     Example:
         >>> optim_wrapper = dict(
@@ -81,7 +81,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     ) -> None:
         """Append a group for each parameter; see MMEngine's constructor."""
         super().add_params(params, module, prefix, is_dcn_module)
-        if prefix == '':  # MMEngine calls this method for each part of the model
+        if prefix == '':  # MMEngine also calls this for each part of the model
             self._scale_by_layer(params, module)
 
     def _scale_by_layer(self, params: list[dict], model: nn.Module) -> None:
@@ -113,12 +113,12 @@ def _clean(name: str) -> str:
 
 
 def _find_owners(model: nn.Module, method: str) -> dict[str, Callable]:
-    """The method of the outermost parts that have it, by their prefix."""
+    """The methods of the outermost parts that have it, by prefix."""
     owners: dict[str, Callable] = {}
     for name, module in model.named_modules():
         prefix = _clean(f'{name}.') if name else ''
         inside = any(prefix.startswith(owner) for owner in owners)
-        # a wrapped module's attributes are seen through its wrapper
+        # a wrapper also shows the attributes of the wrapped module
         if hasattr(module, method) and not inside:
             owners[prefix] = getattr(module, method)
     return owners
@@ -128,6 +128,6 @@ def _layer_of(name: str, owners: dict[str, Callable]) -> tuple[int, int]:
     for prefix, get_depth in owners.items():
         if name.startswith(prefix):
             return get_depth(name[len(prefix) :])
-    # necks and heads: the last layer of the first backbone
+    # necks and heads are in the last layer of the first backbone
     _, num_layers = next(iter(owners.values()))('')
     return num_layers - 1, num_layers

@@ -17,32 +17,33 @@ from ..models.rest import Block
 def rest_block_wrap_policy(
     module: nn.Module, recurse: bool, nonwrapped_numel: int
 ) -> bool:
-    """Make every block of ResT a unit, and all the rest of the model one.
+    """Make every block of ResT an FSDP unit, and the rest of the model another one.
 
-    For ``auto_wrap_policy`` of MMEngine's ``MMFullyShardedDataParallel``: the
-    parameters of one block at a time are gathered for its forward and its backward
-    pass. ``recurse`` asks whether to look into the module, and not if to wrap it.
+    For ``auto_wrap_policy`` of MMEngine's ``MMFullyShardedDataParallel``. The
+    parameters of one block at a time are gathered for its forward and backward pass.
+    ``recurse`` asks whether to look into the module, instead of whether to wrap it.
     """
     return recurse or isinstance(module, Block)
 
 
 @STRATEGIES.register_module()
 class BlockFSDPStrategy(FSDPStrategy):
-    """MMEngine's ``FSDPStrategy`` by blocks of ResT, which can also be resumed.
+    """MMEngine's ``FSDPStrategy`` with blocks of ResT as units, which can be resumed.
 
-    It differs from ``FSDPStrategy`` in that
+    It differs from ``FSDPStrategy`` as follows:
 
-    - every block is a unit, see :func:`rest_block_wrap_policy`, unless
-      ``model_wrapper`` has an ``auto_wrap_policy``;
-    - a checkpoint is one file with the whole state, which a model without FSDP loads;
-    - the optimizer's state is loaded: MMEngine 0.10.7 hands its arguments on in an
-      order that torch has given up since 2.1, so that resuming fails;
-    - it runs on a CPU with gloo too, where each process gathers the whole state to
-      save it (on a GPU the first one does, into the memory of the machine);
-    - ``optim_wrapper.clip_grad`` clips by the norm of the whole gradient; MMEngine's
-      own way takes that of a process's part.
+    - Every block is a unit, see :func:`rest_block_wrap_policy`, unless
+      ``model_wrapper`` has an ``auto_wrap_policy``.
+    - A checkpoint is one file with the whole state, which a model without FSDP can
+      load.
+    - The state of the optimizer is loaded. MMEngine 0.10.7 passes arguments in an order
+      that torch has dropped in 2.1, so that resuming fails.
+    - It also runs on CPUs with gloo. There, each process gathers the whole state to
+      save it; on GPUs the first one does, into main memory.
+    - ``optim_wrapper.clip_grad`` clips by the norm of the whole gradient, where
+      MMEngine uses that of a process's part.
 
-    Gradients that are accumulated are not saved in a checkpoint, see
+    Accumulated gradients are not saved in a checkpoint, see
     :class:`mmrest.hooks.AtomicCheckpointHook`.
 
     Args:
@@ -63,27 +64,27 @@ class BlockFSDPStrategy(FSDPStrategy):
         model_wrapper.setdefault('auto_wrap_policy', 'rest_block_wrap_policy')
         on_cpu = get_device() == 'cpu'
         if on_cpu:
-            # a number, MMEngine's default, means a GPU
+            # MMEngine's default is a number, which means a GPU
             model_wrapper.setdefault('device_id', torch.device('cpu'))
         super().__init__(
             model_wrapper=model_wrapper, state_dict_cfg=state_dict_cfg, **kwargs
         )
         if on_cpu and state_dict_cfg == 'full':
-            # torch 2.13 frees what it should copy "to the CPU", and crashes
+            # when offloading from a CPU, torch 2.13 frees the tensors and crashes
             for config in (self.state_dict_config, self.optim_state_dict_config):
                 config.rank0_only = config.offload_to_cpu = False
 
     def build_optim_wrapper(
         self, optim_wrapper: Any, model: Optional[nn.Module] = None
     ) -> BaseOptimWrapper:
-        """Build the optimizer; the norm of its gradient is that of all processes.
+        """Build the optimizer, with clipping by the norm over all processes.
 
         Raises:
-            ValueError: If ``clip_grad`` has options that FSDP does not know.
+            ValueError: If ``clip_grad`` has options that FSDP does not support.
         """
         wrapper = super().build_optim_wrapper(optim_wrapper, model)
         options = getattr(wrapper, 'clip_grad_kwargs', None)
-        # clipping by value needs no norm, and is right by parts
+        # clipping by value needs no norm, and works on parts
         if options and wrapper.grad_name == 'grad_norm':
             unknown = sorted(options.keys() - {'max_norm', 'norm_type'})
             if unknown:
@@ -98,9 +99,10 @@ class BlockFSDPStrategy(FSDPStrategy):
         return self.model.clip_grad_norm_(**options)
 
     def load_optim_state_dict(self, state_dict: dict) -> None:
-        """Load what a checkpoint has as ``optimizer``.
+        """Load the entry ``optimizer`` of a checkpoint.
 
-        It may be of this strategy or of a run without FSDP and with the same config.
+        It may come from this strategy, or from a run without FSDP and with the same
+        config.
         """
         names = self._names_of_optimizer()
         state_dict = dict(
@@ -127,7 +129,7 @@ class BlockFSDPStrategy(FSDPStrategy):
         self.optim_wrapper.load_state_dict(state)
 
     def _names_of_optimizer(self) -> list[str]:
-        """Names of the parameters in the order in which other optimizers count."""
+        """Names of the parameters, in the order in which other optimizers use them."""
         names = {
             id(param): name.replace('_fsdp_wrapped_module.', '')
             for name, param in self.model.named_parameters()

@@ -1,10 +1,10 @@
-"""Multiply-accumulate counts, with fused attention counted as what it computes.
+"""Multiply-accumulate counts, including those of fused attention.
 
-MMEngine's counter traces a model and adds up what it knows: convolutions, linear
-layers, matrix products (one multiply-accumulate is one), norms and interpolations
-(elementwise operations). It does not see into PyTorch's fused attention, which gets
-the count of its two products here. mmrest's attention is traced in its dense form.
-Softmax, activations, sums and RoIAlign are not counted.
+MMEngine's counter traces a model and counts convolutions, linear layers, matrix
+products (one multiply-accumulate counts as one), norms and interpolations (elementwise
+operations). It does not know PyTorch's fused attention, whose two products are counted
+here. mmrest's attention is traced in its dense form. Softmax, activations, sums and
+RoIAlign are not counted.
 """
 
 import sys
@@ -22,10 +22,10 @@ from torch import nn
 class Complexity:
     """Counts of one forward pass."""
 
-    shape: tuple[int, int]  # height and width that the model saw
-    # multiply-accumulates of the whole ('total') and of each child of the model
+    shape: tuple[int, int]  # height and width of the padded image
+    # multiply-accumulates of the model ('total') and of each of its children
     flops: dict[str, int]
-    params: dict[str, int]  # parameters, likewise
+    params: dict[str, int]  # numbers of parameters, likewise
 
 
 def fused_attention_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
@@ -49,7 +49,7 @@ def _data_samples(shape: tuple[int, int]) -> list:
 
 
 class _Forward(nn.Module):
-    """A model whose forward takes the image alone, as tracing wants it."""
+    """A model whose forward takes only the image, as tracing needs it."""
 
     def __init__(self, model: nn.Module, **kwargs: Any) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class _Forward(nn.Module):
 
 @contextmanager
 def _dense_attention(model: nn.Module) -> Iterator[None]:
-    """Tracing knows PyTorch's operators alone."""
+    """Use the dense attention, since tracing only knows PyTorch's operators."""
     tiled: list[Any] = [
         m for m in model.modules() if getattr(m, 'attn_impl', '') == 'tiled'
     ]
@@ -78,9 +78,9 @@ def _dense_attention(model: nn.Module) -> Iterator[None]:
 def complexity(model: nn.Module, shape: tuple[int, int]) -> Complexity:
     """Count a forward pass of one image, with the channels of its first convolution.
 
-    A detector's heads run on the proposals that the model makes of a random image, at
-    most 1,000 in the box head and 100 in the mask head. The image is padded as the
-    model's data preprocessor does.
+    The heads of a detector process its own proposals for a random image, at most 1,000
+    in the box head and 100 in the mask head. The image is padded as by the model's data
+    preprocessor.
     """
     model = model.eval()
     preprocessor = getattr(model, 'data_preprocessor', None)

@@ -1,7 +1,7 @@
-"""What a ``type`` in a config stands for, be it text or a class.
+"""The ``type`` of a config, as a name or a class.
 
-MMEngine's text configs name classes (``type='mmdet.CocoMetric'``); its pure-Python
-configs give the class itself (``type=CocoMetric``).
+MMEngine's text configs name classes (``type='mmdet.CocoMetric'``). Its pure-Python
+configs contain the classes themselves (``type=CocoMetric``).
 """
 
 from typing import Any, Optional, Union
@@ -12,10 +12,10 @@ TOOLBOXES = ('mmdet', 'mmseg', 'mmpretrain')
 
 
 def find_type(cfg: dict, registry: Registry) -> Optional[type]:
-    """Find the class that a config would build.
+    """Find the class that a config builds; None if ``type`` is missing or unknown.
 
     A name, with or without a scope, is looked up in the default scope of ``registry``,
-    then in its parents. It is None if there is no ``type``, or an unknown one.
+    then in its parents.
     """
     kind = cfg.get('type')
     if not isinstance(kind, str):
@@ -25,10 +25,10 @@ def find_type(cfg: dict, registry: Registry) -> Optional[type]:
 
 
 def type_name(cfg_or_type: Union[dict, str, type, None, Any]) -> str:
-    """Name what a config, or its ``type``, would build, without scope and module.
+    """Return the class name of a config or of its ``type``, without scope and module.
 
-    It is ``'CocoMetric'`` for ``'mmdet.CocoMetric'`` and for the class alike; empty if
-    there is no ``type``.
+    It is ``'CocoMetric'`` for ``'mmdet.CocoMetric'`` as well as for the class, and
+    empty without a ``type``.
     """
     kind = cfg_or_type.get('type') if isinstance(cfg_or_type, dict) else cfg_or_type
     if kind is None:
@@ -39,10 +39,10 @@ def type_name(cfg_or_type: Union[dict, str, type, None, Any]) -> str:
 
 
 def find_toolbox(cfg: dict) -> Optional[str]:
-    """Find the toolbox that a whole config is written for; None if nothing tells.
+    """Find the toolbox of a whole config; None if it is unknown.
 
-    It is ``default_scope``. Where that is missing or None, as in pure-Python configs,
-    the type of the model decides.
+    It is ``default_scope``. If that is missing or None, as in pure-Python configs, the
+    type of the model decides.
     """
     if cfg.get('default_scope'):
         return cfg['default_scope']

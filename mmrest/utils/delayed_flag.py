@@ -1,4 +1,4 @@
-"""Flags that the processes of a training share without waiting for one another."""
+"""Flags that the processes of a training share without waiting for each other."""
 
 from typing import Callable, Optional
 
@@ -11,9 +11,8 @@ from torch import Tensor
 class DelayedFlag:
     """Flags that are sent in one iteration and read in the next.
 
-    By then the device has long computed them, so that reading them stops neither
-    the process nor the device. With several processes a flag is set on all of them
-    if it is set on one.
+    By then the device has computed them, so that reading blocks neither the process nor
+    the device. A flag that one process sets is set on all.
     """
 
     def __init__(self) -> None:
@@ -21,7 +20,7 @@ class DelayedFlag:
         self._wait: Optional[Callable[[], object]] = None
 
     def send(self, flags: Tensor) -> None:
-        """Send flags on their way; every process must do so equally often.
+        """Send flags; all processes must call it equally often.
 
         Args:
             flags (Tensor): Floating point, of shape (N,); above 0 means set. With
@@ -42,11 +41,10 @@ class DelayedFlag:
         self._wait = copied.synchronize
 
     def receive(self) -> list[bool]:
-        """Read what was sent last.
+        """Read the flags that were sent last.
 
         Returns:
-            list[bool]: One for each flag; empty if nothing was sent since the last
-            call.
+            list[bool]: The flags; empty if none were sent since the last call.
         """
         if self._flags is None:
             return []

@@ -1,6 +1,6 @@
-"""What a run says when the disk takes no more, other than for checkpoints.
+"""Messages about a full disk, except for checkpoints.
 
-Those are written by :mod:`mmrest.checkpoint.atomic`, which says it itself.
+For those, see :mod:`mmrest.checkpoint.atomic`.
 """
 
 import errno
@@ -14,7 +14,7 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def explain_disk_error(error: OSError, folder: str) -> Optional[str]:
-    """Say what a failing write means for a run in a work folder, if the disk is why."""
+    """Explain a failed write of a run; None if the disk is not the reason."""
     if error.errno not in _DISK_ERRORS:
         return None
     where = error.filename or f'a file in {os.path.abspath(folder)}'
@@ -26,7 +26,7 @@ def explain_disk_error(error: OSError, folder: str) -> Optional[str]:
 
 
 def free_space(folder: str) -> str:
-    """Say in a sentence how many bytes are free where a folder is, or is to be."""
+    """Say how many bytes are free in a folder, which need not exist yet."""
     folder = os.path.abspath(folder)
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
@@ -37,10 +37,10 @@ def free_space(folder: str) -> str:
 
 
 def survive_log_errors(logger: logging.Logger) -> None:
-    """Let a log file that cannot be written cost one line, and not the run.
+    """Report once that a log file cannot be written, and continue the run.
 
-    Python prints a traceback for each line that a log file does not take. The file
-    handlers of the logger are changed.
+    By default, Python prints a traceback for each line. The file handlers of the logger
+    are changed.
     """
     failed = set()
 

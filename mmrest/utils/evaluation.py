@@ -1,4 +1,4 @@
-"""What the options of ``tools/test.py`` change in a config."""
+"""Changes of a config for the options of ``tools/test.py``."""
 
 import copy
 import os
@@ -11,7 +11,8 @@ from mmengine.runner import Runner
 from ..launch import LaunchError
 from .config_types import find_toolbox, type_name
 
-# How each toolbox's hook is told to draw and where to (None: by the visualizer).
+# Options with which each toolbox's hook draws, and the option for the folder (None: the
+# visualizer has it)
 DRAWING: dict[str, tuple[dict, Optional[str]]] = {
     'DetVisualizationHook': (dict(draw=True), 'test_out_dir'),
     'SegVisualizationHook': (dict(draw=True, interval=1), None),
@@ -20,10 +21,10 @@ DRAWING: dict[str, tuple[dict, Optional[str]]] = {
 
 
 class EvaluationRunner(Runner):
-    """A Runner that tests alone.
+    """A Runner that only tests.
 
-    MMEngine's builds the training loop, with its data, when it is asked for its
-    iteration, and mmseg's hook asks when it draws.
+    If asked for its iteration, MMEngine's Runner builds the training loop with its
+    data, and mmseg's visualization hook does ask.
     """
 
     iter = epoch = 0
@@ -35,13 +36,13 @@ def draw_predictions(
     show_dir: Optional[str] = None,
     wait_time: float = 2,
 ) -> None:
-    """Have the visualization hook of a config draw every prediction.
+    """Let the visualization hook of a config draw all predictions.
 
     Args:
         cfg (Config): Changed in place.
         show (bool): Whether windows are opened. Default: False.
         show_dir (str, optional): Folder in ``WORK_DIR/TIME`` for the images.
-        wait_time (float): Seconds that an image is shown. Default: 2.
+        wait_time (float): Seconds to show each image. Default: 2.
 
     Raises:
         LaunchError: If the config has no such hook.
@@ -68,13 +69,11 @@ def draw_predictions(
 
 
 def augment_images(cfg: Config) -> None:
-    """Have the model see each image in the forms that ``tta_pipeline`` makes of it.
-
-    ``tta_model`` of the config wraps ``model``, in place.
+    """Use test-time augmentation, by ``tta_model`` and ``tta_pipeline`` of the config.
 
     Raises:
-        LaunchError: If the config lacks a field for it, or the model's predictions
-            cannot be merged.
+        LaunchError: If one of them is missing, or the model's predictions cannot be
+            merged.
     """
     missing = [name for name in ('tta_model', 'tta_pipeline') if not cfg.get(name)]
     if missing:
@@ -95,14 +94,13 @@ def augment_images(cfg: Config) -> None:
 
 
 def write_predictions(cfg: Config, path: str) -> None:
-    """Have the evaluation write all predictions.
+    """Let the evaluation save all predictions.
 
-    ``path`` is ``NAME.pkl``; ``NAME.json`` for the result format of COCO; for a
-    segmentor a folder for its label images. The metrics of ``test_evaluator`` become a
-    list, which is changed in place.
+    ``path`` is ``NAME.pkl``, or ``NAME.json`` for COCO's format, or for a segmentor the
+    folder of its label images. The metrics in ``test_evaluator`` are changed in place.
 
     Raises:
-        LaunchError: If the evaluator cannot write such a file.
+        LaunchError: If the evaluator cannot save such a file.
     """
     evaluator: Any = cfg.get('test_evaluator') or []
     inner = isinstance(evaluator, dict) and 'metrics' in evaluator
@@ -110,7 +108,7 @@ def write_predictions(cfg: Config, path: str) -> None:
     metrics = list(metrics) if isinstance(metrics, (list, tuple)) else [metrics]
     kinds = {type_name(metric): metric for metric in metrics}
     if path.endswith(('.pkl', '.pickle')):
-        detector = find_toolbox(cfg) == 'mmdet'  # whose masks go out as RLE
+        detector = find_toolbox(cfg) == 'mmdet'  # masks are saved as RLE
         kind = 'mmdet.DumpDetResults' if detector else 'DumpResults'
         metrics.append(ConfigDict(type=kind, out_file_path=path))
     elif 'IoUMetric' in kinds and not osp.splitext(path)[1]:

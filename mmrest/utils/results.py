@@ -1,7 +1,7 @@
-"""Expected figures: where they stand, and whether measured ones agree.
+"""Expected results, and whether measured ones agree.
 
-The model index (``model-index.yml`` and a ``metafile.yml`` per config folder) holds
-the published figures; a config may hold its own, in ``expected_results``.
+The model index (``model-index.yml`` and a ``metafile.yml`` per config folder) holds the
+published results. A config may hold its own in ``expected_results``.
 """
 
 from collections.abc import Mapping
@@ -14,37 +14,37 @@ from mmengine.fileio import load
 
 from ..config import config_root
 
-# With several scales and flip, `tools/test.py --tta`.
+# With multiple scales and flip, `tools/test.py --tta`
 AUGMENTED = 'mIoU (ms+flip)'
-# What the metrics call the figures of the index, and the factor to percent.
+# Names of the metrics of the index in the evaluation, and the factor to percent
 METRICS = {
     'box AP': ('coco/bbox_mAP', 100),
     'mask AP': ('coco/segm_mAP', 100),
     'top-1': ('accuracy/top1', 1),
     AUGMENTED: ('mIoU', 1),
 }
-# Room for the rounding of decimal numbers.
+# For rounding errors
 SLACK = 1e-6
 
 
 class ResultsError(ValueError):
-    """Expected figures are missing or cannot be compared."""
+    """Expected results are missing or cannot be compared."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a checkpoint of a config should reach."""
+    """Expected results of a config."""
 
-    metrics: dict[str, float]  # figures in percent by name, e.g. ``'box AP'``
+    metrics: dict[str, float]  # in percent by name, e.g. ``'box AP'``
     tolerance: float  # largest difference in percent
-    kind: str  # what kind of figure it is and from where
+    kind: str  # kind and origin of the results
 
 
 def read_index(root: Optional[Path] = None) -> list[dict[str, Any]]:
-    """Read the entries under ``Models`` of every file that the index imports.
+    """Read the entries under ``Models`` of all files that the index imports.
 
-    ``root`` is the folder of ``model-index.yml``: that of the installed package or the
-    checkout, if it is not given.
+    ``root`` is the folder of ``model-index.yml``. Default: None, that of the installed
+    package or the checkout.
     """
     root = Path(root or config_root().parent)
     models = []
@@ -63,10 +63,10 @@ def _is_detector(model: Mapping[str, Any]) -> bool:
 
 
 def expected(cfg: Config, name: str, root: Optional[Path] = None) -> Expected:
-    """Find the expected figures of a config.
+    """Find the expected results of a config.
 
-    Its ``expected_results``, a dict with ``metrics``, ``tolerance`` and ``kind``, comes
-    before the index, which is searched for its path, ``name``.
+    Its ``expected_results``, a dict with ``metrics``, ``tolerance`` and ``kind``, has
+    precedence over the index, in which its path, ``name``, is searched.
 
     Raises:
         ResultsError: If there are none, or they are incomplete.
@@ -99,13 +99,13 @@ def expected(cfg: Config, name: str, root: Optional[Path] = None) -> Expected:
 
 
 def compare(measured: Mapping[str, float], figures: Expected) -> tuple[bool, str]:
-    """Compare what ``Runner.test`` returned with expected figures.
+    """Compare the results of ``Runner.test`` with expected ones.
 
     Returns:
-        tuple[bool, str]: whether all agree, and a line for each figure.
+        tuple[bool, str]: Whether all agree, and a line for each result.
 
     Raises:
-        ResultsError: If a figure was not measured.
+        ResultsError: If a result was not measured.
     """
     agree, lines = True, [f'compared with {figures.kind}']
     for name, wanted in figures.metrics.items():

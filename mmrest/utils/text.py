@@ -15,13 +15,13 @@ def shorten(items: Iterable, limit: int = 8) -> str:
 
 
 def split_at_section(file: Union[str, Path], name: str) -> tuple[str, str]:
-    """Split a file at a section that is generated.
+    """Split a file at a generated section, and leave out its content.
 
-    The section is between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``, which
-    stay with what comes before and after it.
+    The section is between the lines ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``,
+    which are kept.
 
     Raises:
-        ValueError: If the file does not have both marks once.
+        ValueError: If the file does not contain both lines once.
     """
     begin, end = f'<!-- {name}:begin -->\n', f'<!-- {name}:end -->'
     text = Path(file).read_text(encoding='utf-8')
@@ -32,16 +32,16 @@ def split_at_section(file: Union[str, Path], name: str) -> tuple[str, str]:
 
 
 def replace_section(file: Union[str, Path], name: str, content: str) -> None:
-    """Rewrite a file with another content of a section, as above."""
+    """Replace the content of a generated section of a file."""
     head, tail = split_at_section(file, name)
     Path(file).write_text(f'{head}{content}\n{tail}', encoding='utf-8')
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Read height and width in pixels from ``HxW``, an option of a command line.
+    """Parse a height and width in pixels, ``HxW``, for an option.
 
     Raises:
-        ArgumentTypeError: If they are none.
+        ArgumentTypeError: If the text has another form.
     """
     height, cross, width = text.partition('x')
     numbers = cross and height.isdecimal() and width.isdecimal()

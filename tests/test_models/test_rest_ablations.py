@@ -230,7 +230,7 @@ def test_attention_and_stem_of_ones_own():
         (dict(pos_cfg='sine'), "pos_cfg.*'pa', 'gl', 'le', 'none'.*MODELS.*'sine'"),
         (
             dict(attn_cfg=dict(type='linear')),
-            "attn_cfg.*'msa', 'emsa_without_both', 'emsa_without_norm', 'emsa'.*linear",
+            "attn_cfg.*'emsa_without_both', 'msa', 'emsa_without_norm', 'emsa'.*linear",
         ),
         (dict(stem_cfg=None), "stem_cfg.*'patch', or a dict.*'type'.*found None"),
         (dict(attn_cfg=dict(reduction='avg')), "dict with such a 'type'.*reduction"),
