@@ -1,10 +1,10 @@
-"""Published ResT detectors as mmdet models, and back.
+"""Conversion of published ResT detectors to mmdet models, and back.
 
 ====================  ====================================================
-``layout.py``         names and shapes of a detector, under both names
-``detectron2.py``     state dict to state dict, both ways
-``files.py``          checkpoint files around them, written whole or not
-``cli.py``            what the tools in ``tools/model_converters`` share
+``layout.py``         names and shapes of a detector, in both forms
+``detectron2.py``     conversion of state dicts, both ways
+``files.py``          conversion of checkpoint files
+``cli.py``            command lines of the tools in ``tools/model_converters``
 ====================  ====================================================
 """
 

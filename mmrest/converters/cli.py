@@ -1,4 +1,4 @@
-"""What the command lines of the converters share."""
+"""Command lines of the converters."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ from .files import check_destination, save
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """Make a parser with the arguments of every converter."""
+    """Make a parser with the arguments of all converters."""
     result = argparse.ArgumentParser(description=description)
     result.add_argument('src', help='checkpoint to convert; it is never changed')
     result.add_argument(
@@ -27,7 +27,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def mapping_lines(conversion: Conversion, to_mmdet: bool) -> list[str]:
-    """Write one line for each tensor: from, to, shape, and what is done to it."""
+    """Return a line for each tensor: names, shape, and how it is changed."""
     lines = []
     for entry in conversion.entries:
         names = (entry.detectron2, entry.mmdet)
@@ -48,8 +48,8 @@ def run(
 ) -> int:
     """Convert and write, or print the mapping, and return the exit status.
 
-    ``convert`` returns the conversion and the checkpoint to save. Errors are reported
-    in one message.
+    ``convert`` returns the conversion and the checkpoint to save. Errors are printed in
+    one message.
     """
     try:
         if not args.dry_run:

@@ -1,7 +1,7 @@
-"""Published (detectron2) ResT detectors to mmdet's own modules and back.
+"""Convert published (detectron2) ResT detectors to mmdet's modules, and back.
 
-Both directions are pure functions from one dict of tensors to another; files
-are the business of :mod:`mmrest.converters.files`.
+Both directions are pure functions of dicts of tensors. For files, see
+:mod:`mmrest.converters.files`.
 """
 
 import re
@@ -26,7 +26,7 @@ from .layout import (
     entries,
 )
 
-# the weight of the classification layer of each kind
+# weight of the classification layer
 _CLASSIFIERS = {
     'detectron2': {
         'mask_rcnn': 'roi_heads.box_predictor.cls_score.weight',
@@ -37,12 +37,12 @@ _CLASSIFIERS = {
         'retinanet': 'bbox_head.retina_cls.weight',
     },
 }
-# the last convolution with a kernel in the stem, as wide as stage 1
+# last 3x3 convolution of the stem, as wide as stage 1
 _STEMS = {'ResT': 'stem.conv3.weight', 'ResTV2': 'stem.proj.3.weight'}
 
 
 class ConversionError(ValueError):
-    """A checkpoint is not what the converter was asked to convert."""
+    """A checkpoint that cannot be converted."""
 
 
 @dataclass
@@ -50,13 +50,13 @@ class Conversion:
     """Result of a conversion.
 
     Attributes:
-        detector (Detector): What was recognised.
+        detector (Detector): The recognised detector.
         state_dict (dict[str, Tensor]): The converted tensors.
         entries (list[Entry]): The mapping that was applied.
         added (list[str]): detectron2 names of BatchNorm counters that the source
             lacks; they are 0 in ``state_dict``.
-        constants (dict[str, Tensor]): Stored tensors that are no weights, by their
-            detectron2 names.
+        constants (dict[str, Tensor]): Tensors of the source that are not weights, by
+            their detectron2 names.
     """
 
     detector: Detector
@@ -67,15 +67,15 @@ class Conversion:
 
 
 def recognise(state_dict: Mapping[str, Tensor], form: str = 'detectron2') -> Detector:
-    """Tell detector, backbone and class count from names and shapes.
+    """Recognise detector, backbone and number of classes by names and shapes.
 
     Args:
         state_dict (dict[str, Tensor]): Tensors by name.
-        form (str): Whose names they are, ``'detectron2'`` or ``'mmdet'``.
+        form (str): Form of the names, ``'detectron2'`` or ``'mmdet'``.
             Default: ``'detectron2'``.
 
     Raises:
-        ConversionError: If it is no ResT Mask R-CNN or RetinaNet.
+        ConversionError: If it is not a ResT Mask R-CNN or RetinaNet.
     """
     classifiers = _CLASSIFIERS[form]
     kinds = [kind for kind, name in classifiers.items() if name in state_dict]
@@ -93,15 +93,15 @@ def recognise(state_dict: Mapping[str, Tensor], form: str = 'detectron2') -> Det
 
 
 def to_mmdet(state_dict: Mapping[str, Tensor]) -> Conversion:
-    """Rename a published detector's tensors for mmdet's own modules.
+    """Convert a published detector's tensors to mmdet's names.
 
     Args:
-        state_dict (dict[str, Tensor]): Tensors under detectron2's names. It is
-            not changed; tensors that need no reordering are shared.
+        state_dict (dict[str, Tensor]): Tensors under detectron2's names. It is not
+            changed; tensors that are not reordered are shared.
 
     Raises:
-        ConversionError: If the tensors are not exactly those of one of the
-            detectors, or hold NaN or infinite values.
+        ConversionError: If the tensors are not exactly those of a published detector,
+            or contain NaN or infinite values.
     """
     detector = recognise(state_dict)
     known_constants = constants(detector.kind, detector.backbone)
@@ -128,15 +128,15 @@ def to_detectron2(
     added: Iterable[str] = (),
     stored: Optional[Mapping[str, Tensor]] = None,
 ) -> Conversion:
-    """Rename an mmdet ResT detector's tensors for detectron2.
+    """Convert an mmdet ResT detector's tensors to detectron2's names.
 
-    What :func:`to_mmdet` made from a checkpoint becomes that checkpoint again, bit for
-    bit, if its ``added`` and ``constants`` are given.
+    With ``added`` and ``constants`` of :func:`to_mmdet`, its source is restored bit by
+    bit.
 
     Args:
         state_dict (dict[str, Tensor]): Tensors under mmdet's names.
-        added (Iterable[str]): detectron2 names to leave out again. Default: ().
-        stored (dict[str, Tensor], optional): Constants to put back. Default: None.
+        added (Iterable[str]): detectron2 names to omit. Default: ().
+        stored (dict[str, Tensor], optional): Constants to add. Default: None.
 
     Raises:
         ConversionError: As :func:`to_mmdet`.
@@ -156,7 +156,7 @@ def to_detectron2(
 
 
 def _describe(state_dict: Mapping[str, Tensor]) -> str:
-    """Say what a checkpoint that was not recognised looks like."""
+    """Describe a checkpoint that was not recognised."""
     if not state_dict:
         return 'the checkpoint is empty'
     imagenet = ('stem.conv1.weight', 'stem.proj.0.weight')
@@ -213,7 +213,7 @@ def _backbone(state_dict: Mapping[str, Tensor], prefix: str) -> tuple[str, str]:
 
 
 def _num_classes(state_dict: Mapping[str, Tensor], kind: str, name: str) -> int:
-    """Read the class count off the classification layer's weight."""
+    """Return the number of classes, from the weight of the classification layer."""
     rows = state_dict[name].shape[0] if state_dict[name].dim() else 0
     if kind == 'mask_rcnn':
         count = rows - 1  # the last row is background
@@ -252,7 +252,7 @@ def _check_constants(
 def _check(
     detector: Detector, state_dict: Mapping[str, Tensor], expected: Mapping[str, Entry]
 ) -> None:
-    """Raise an error that lists whatever does not fit ``expected``."""
+    """Raise an error with all differences from ``expected``."""
     target = {
         name: torch.empty(entry.shape, device='meta')
         for name, entry in expected.items()

@@ -1,4 +1,4 @@
-"""Checkpoint files: what is written around the converted tensors, and how."""
+"""Conversion of checkpoint files."""
 
 import hashlib
 import io
@@ -23,7 +23,7 @@ from mmrest.version import __version__
 from .detectron2 import Conversion, ConversionError, to_detectron2, to_mmdet
 from .layout import Detector
 
-# Configs of the published detectors. Those of ResT differ from what one trains today.
+# Configs of the published detectors. Those of ResT are not recommended for training.
 PUBLISHED_CONFIGS = {
     **{
         f'{kind}_rest_{arch}': f'{kind}/rest_{arch}_fpn_1x_published.py'
@@ -39,7 +39,7 @@ FORMATS = ('pth', 'safetensors')
 
 
 def published_config(detector: Detector) -> str:
-    """Name the config, below ``configs/``, that a published checkpoint belongs to.
+    """Return the config, below ``configs/``, of a published checkpoint.
 
     Raises:
         ConversionError: If no detector with this backbone was published.
@@ -56,14 +56,14 @@ def published_config(detector: Detector) -> str:
 def dataset_meta(
     detector: Detector, classes: Optional[Sequence[str]] = None
 ) -> dict[str, Any]:
-    """Make the ``classes`` and ``palette`` that mmdet draws and evaluates with.
+    """Return ``classes`` and ``palette``, with which mmdet draws and evaluates.
 
-    The names are in the order of the classification layer. Default: None, COCO's.
+    ``classes`` are in the order of the classification layer. Default: None, COCO's.
 
     Raises:
-        ConversionError: If the number of names is not the class count.
+        ConversionError: If their number is not that of the detector.
     """
-    from mmdet.datasets import CocoDataset  # heavy, and needless for the mapping
+    from mmdet.datasets import CocoDataset  # slow to import
     from mmdet.visualization import get_palette
 
     if classes is None:
@@ -102,7 +102,7 @@ def convert_to_mmdet(
     """
     conversion = to_mmdet(_tensors(read_checkpoint(src), src))
     detector = conversion.detector
-    path = local_file(src)  # None: MMEngine read it from elsewhere
+    path = local_file(src)  # None if MMEngine has read it
     meta = {
         'config': published_config(detector),
         'dataset_meta': dataset_meta(detector, classes),
@@ -144,16 +144,16 @@ def convert_to_detectron2(src: Source) -> tuple[Conversion, dict[str, Any]]:
 def publish(
     src: Source, dst: PathLike, force: bool = False, format: Optional[str] = None
 ) -> Path:
-    """Keep a checkpoint's weights and meta, and name the file by its hash.
+    """Keep the weights and meta of a checkpoint, in a file named by its hash.
 
     Args:
         src (str | Path): Checkpoint of MMEngine's Runner.
-        dst (str | Path): File to be written; ``x.pth`` becomes
+        dst (str | Path): File to write; ``x.pth`` becomes
             ``x-<first eight digits of the SHA-256>.pth``.
-        force (bool): Whether that file is replaced if it exists. Default: False.
-        format (str, optional): ``'pth'`` or ``'safetensors'``, which holds of
-            ``meta`` what JSON can express; the rest is named in a warning.
-            Default: None, as the name of ``dst`` ends, else ``'pth'``.
+        force (bool): Whether to replace that file if it exists. Default: False.
+        format (str, optional): ``'pth'`` or ``'safetensors'``. The latter keeps those
+            parts of ``meta`` that JSON supports, and a warning names the others.
+            Default: None, the suffix of ``dst``, or else ``'pth'``.
 
     Returns:
         Path: The file that was written.
@@ -200,20 +200,20 @@ def publish(
     stem = dst.stem if dst.suffix[1:] in FORMATS else dst.name
     final = dst.with_name(f'{stem}-{sha256(content)[:8]}.{format}')
     check_destination(final, src, force)
-    with atomic_path(final) as beside:
-        Path(beside).write_bytes(content)
+    with atomic_path(final) as temporary:
+        Path(temporary).write_bytes(content)
     return final
 
 
 def sha256(content: bytes) -> str:
-    """The SHA-256 of a file's content as 64 hexadecimal digits."""
+    """The SHA-256 of a content, as 64 hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()
 
 
 def check_destination(
     dst: PathLike, src: Optional[Source] = None, force: bool = False
 ) -> Path:
-    """Refuse a destination that would cost the user a file, or return it.
+    """Return a destination, unless writing it would lose a file.
 
     Raises:
         ConversionError: If ``dst`` is the source, a folder, in a folder that
@@ -234,20 +234,20 @@ def check_destination(
 
 
 def save(checkpoint: dict[str, Any], dst: PathLike) -> None:
-    """Write a checkpoint whole or not at all; a file that exists is replaced."""
-    with atomic_path(dst) as beside, open(beside, 'wb') as file:
+    """Write a checkpoint atomically; an existing file is replaced."""
+    with atomic_path(dst) as temporary, open(temporary, 'wb') as file:
         torch.save(checkpoint, file)
 
 
 def _tensors(checkpoint: Any, src: Source) -> dict[str, Tensor]:
-    """Unwrap the tensors; the prefix of DistributedDataParallel is taken off."""
+    """Return the tensors, without the prefix of DistributedDataParallel."""
     tensors = find_state_dict(checkpoint, src).tensors
     prefix = shared_prefix(tensors, ('module.',))
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items()}
 
 
 def _history(checkpoint: Any) -> Mapping[str, Any]:
-    """What :func:`convert_to_mmdet` noted, if it made the checkpoint."""
+    """Return what :func:`convert_to_mmdet` has saved, if it made the checkpoint."""
     meta = checkpoint.get('meta') if isinstance(checkpoint, Mapping) else None
     history = meta.get('converter') if isinstance(meta, Mapping) else None
     return history if isinstance(history, Mapping) else {}

@@ -1,8 +1,8 @@
-"""The names and shapes of a ResT detector's tensors, in detectron2 and in mmdet.
+"""Names and shapes of a ResT detector's tensors, in detectron2 and in mmdet.
 
-A detector is described once, as a list of :class:`Entry`: the name in the
-published (detectron2) checkpoints, the name in mmdet's modules, the shape, and
-whether the nine RetinaNet anchors have to be reordered.
+A detector is a list of :class:`Entry`: the name in the published (detectron2)
+checkpoints, the name in mmdet, the shape, and whether RetinaNet's nine anchors have to
+be reordered.
 """
 
 import re
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmrest.models import rest, restv2
 
-# Stages that feed the FPN. Requesting other stages would change the features.
+# Inputs of the FPN. Other output stages would change the features.
 OUT_INDICES = {'mask_rcnn': (0, 1, 2, 3), 'retinanet': (1, 2, 3)}
 BACKBONE_PREFIX = 'backbone.bottom_up.'
 
@@ -33,7 +33,7 @@ RETINA_RATIOS = 3
 RETINA_ANCHORS = RETINA_SCALES * RETINA_RATIOS
 ROI_SIZE = 7
 FC_CHANNELS = 1024
-# whose outputs count RetinaNet's anchors
+# layers whose outputs are ordered by RetinaNet's anchors
 ANCHOR_LAYERS = ('head.cls_score', 'head.bbox_pred')
 
 # a convolution or linear layer with a bias: both names, and the shape of its weight
@@ -42,7 +42,7 @@ Layer = tuple[str, str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Detector:
-    """What a checkpoint holds."""
+    """The detector of a checkpoint."""
 
     kind: str  # ``'mask_rcnn'`` or ``'retinanet'``
     arch: str  # the backbone's name, as ``'small'``
@@ -51,7 +51,7 @@ class Detector:
 
     @property
     def name(self) -> str:
-        """As in the names of configs, e.g. ``'mask_rcnn_restv2_tiny'``."""
+        """As in names of configs, e.g. ``'mask_rcnn_restv2_tiny'``."""
         return f'{self.kind}_{self.backbone.lower()}_{self.arch}'
 
     def __str__(self) -> str:
@@ -61,17 +61,17 @@ class Detector:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor under its two names."""
+    """A tensor and its two names."""
 
     detectron2: str  # name in a published checkpoint
     mmdet: str  # name in mmdet's modules
     shape: tuple[int, ...]  # the same in both
-    # whether the first axis counts RetinaNet's nine anchors, size-major in detectron2
-    # and ratio-major in mmdet
+    # whether the first axis is RetinaNet's nine anchors, size-major in detectron2 and
+    # ratio-major in mmdet
     anchor_order: bool = False
 
     def reorder(self, tensor: Tensor) -> Tensor:
-        """Bring the tensor from the one order into the other, if they differ."""
+        """Convert the tensor between the two orders of anchors, if they differ."""
         return swap_anchor_order(tensor) if self.anchor_order else tensor
 
 
@@ -80,7 +80,7 @@ def _backbone(detector: Detector) -> Iterator[Entry]:
         build = BACKBONES[detector.backbone]
         model = build(detector.arch, out_indices=OUT_INDICES[detector.kind])
     for name, tensor in model.state_dict().items():
-        # the norm of an output of ResTV2 is the only layer of a Sequential there
+        # in detectron2, the output norms of ResTV2 are within a Sequential
         published = re.sub(r'^(norm_\d)\.', r'\1.0.', name)
         shape = tuple(tensor.shape)
         yield Entry(BACKBONE_PREFIX + published, f'backbone.{name}', shape)
@@ -131,7 +131,7 @@ def _retinanet_heads(embed_dims: tuple[int, ...], num_classes: int) -> Iterator[
 
 
 def entries(detector: Detector) -> list[Entry]:
-    """List every tensor of a detector, those of the backbone first."""
+    """List all tensors of a detector, those of the backbone first."""
     dims = ARCHS[detector.backbone][detector.arch].embed_dims
     layers = list(_fpn(dims, OUT_INDICES[detector.kind]))
     if detector.kind == 'mask_rcnn':
@@ -150,20 +150,21 @@ def entries(detector: Detector) -> list[Entry]:
 def swap_anchor_order(tensor: Tensor) -> Tensor:
     """Exchange the size and the ratio axis of RetinaNet's nine anchors.
 
-    detectron2 counts anchor ``3 * size + ratio``, mmdet ``3 * ratio + size``.
-    Both axes have three entries, so the same exchange serves both ways. The first
-    axis of the weight or bias is 9 x something; a contiguous copy comes back.
+    In detectron2, an anchor has index ``3 * size + ratio``, in mmdet ``3 * ratio +
+    size``. Both axes have three entries, so the same exchange works in both directions.
+    The first axis of the weight or bias is a multiple of 9. The result is a contiguous
+    copy.
     """
     grid = tensor.reshape(RETINA_SCALES, RETINA_RATIOS, -1)
     return grid.transpose(0, 1).reshape(tensor.shape).contiguous()
 
 
 def constants(kind: str, backbone: str = 'ResT') -> dict[str, Tensor]:
-    """Tensors that detectron2 may store although they are no weights, as published.
+    """Return tensors in published checkpoints that are not weights.
 
-    Older releases of detectron2 wrote the pixel statistics and the anchors of
-    a cell into the checkpoint. mmdet takes both from the config; a checkpoint
-    that holds other values needs another config.
+    Older releases of detectron2 saved the pixel statistics and the anchors of a cell.
+    mmdet takes both from the config, so a checkpoint with other values needs another
+    config.
     """
     mean, std = PIXELS[backbone]
     result = {

@@ -1,4 +1,4 @@
-"""Steps of data pipelines, in mmengine's root registry, and the check before a run."""
+"""Pipeline steps, in MMEngine's root registry, and the check before a run."""
 
 from .coco_fields import fill_coco_fields
 from .transforms import CheckImageSize, ImageSizeError

@@ -1,18 +1,18 @@
-"""Fields of COCO annotations that files of other tools leave out."""
+"""Fields of COCO annotations that some tools omit."""
 
 import functools
 from typing import Any, Optional
 
 
 def fill_coco_fields() -> None:
-    """Have ``pycocotools`` fill in missing fields whenever it has read a file.
+    """Let ``pycocotools`` fill in missing fields whenever it reads a file.
 
-    Without ``iscrowd`` COCO's evaluation ends in a ``KeyError`` at the first
-    validation, without ``area`` mmdet's dataset does at the start. Files themselves
-    are not changed. ``tools/train.py`` and ``tools/test.py`` call this; call it
-    before the Runner is built in a program of your own. It changes
-    ``pycocotools.coco.COCO`` for the whole process, which ``import mmrest`` alone
-    does not, and has no effect where pycocotools is not installed.
+    Without ``iscrowd``, COCO's evaluation ends with a ``KeyError`` at the first
+    validation. Without ``area``, mmdet's dataset does at the start. Files are not
+    changed. ``tools/train.py`` and ``tools/test.py`` call this function; in other
+    programs, call it before the Runner is built. It changes ``pycocotools.coco.COCO``
+    for the whole process, unlike ``import mmrest``. Without pycocotools, it does
+    nothing.
     """
     try:
         from pycocotools.coco import COCO
@@ -41,13 +41,13 @@ def fields_are_filled() -> bool:
 
 
 def fill_fields(content: dict) -> None:
-    """Fill in what is missing in the content of an annotation file.
+    """Fill in missing fields in the content of an annotation file.
 
     - ``info``: empty.
     - ``iscrowd``: 0.
     - ``area``: that of the mask, or else of the box, in square pixels.
     - ``id`` of annotations: numbers from 1, if they are not all positive integers.
-      The evaluation takes a match with the annotation 0 for none, and fails at text.
+      The evaluation treats a match with annotation 0 as none, and fails with strings.
 
     Args:
         content (dict): Changed in place.
@@ -85,10 +85,11 @@ def _polygon_area(points: list[float]) -> float:
 
 
 def run_lengths(text: str) -> Optional[list[int]]:
-    """The run lengths of COCO's compressed form, or None.
+    """Decode the run lengths in COCO's compressed form; None if they are invalid.
 
-    Five bits a character, from the lowest, and a sixth that says whether another
-    follows; from the fourth on a length is the difference to the last but one.
+    Each character holds five bits, the lowest first, and a sixth one that says whether
+    another character follows. From the fourth one on, a length is stored as the
+    difference from the last but one.
     """
     lengths: list[int] = []
     value = shift = 0

@@ -1,4 +1,4 @@
-"""Boxes and masks only fit an image of the size that they were drawn on."""
+"""Check that images have the size for which their boxes and masks were drawn."""
 
 from typing import Optional
 
@@ -7,26 +7,26 @@ from mmengine.registry import TRANSFORMS
 
 
 class ImageSizeError(ValueError):
-    """An image has another size than its annotation says."""
+    """An image has another size than in its annotation."""
 
 
 @TRANSFORMS.register_module()
 class CheckImageSize(BaseTransform):
     """Compare a loaded image with the size in its annotation.
 
-    To be put after ``LoadImageFromFile``. MMDetection does not compare the two: an
-    image that was replaced by a smaller copy, or whose EXIF orientation the loader
-    applied, would be trained on with boxes that lie elsewhere, and be judged so.
+    Use it after ``LoadImageFromFile``. MMDetection does not compare them. If an image
+    was replaced by a smaller copy, or its EXIF orientation was applied, its boxes would
+    be at wrong places in training and evaluation.
 
     Required Keys:
 
     - img
-    - img_path (optional, named in the error)
+    - img_path (optional, for the error)
     - height, width (optional; without them, as in inference, nothing is checked)
     """
 
     def transform(self, results: dict) -> Optional[dict]:
-        """Return ``results`` as they are.
+        """Return ``results`` unchanged.
 
         Raises:
             ImageSizeError: With the file and both sizes.

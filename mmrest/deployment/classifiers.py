@@ -17,7 +17,7 @@ class Classifier(nn.Module):
         model (nn.Module): MMPretrain's model.
 
     Raises:
-        ExportError: If its head is another.
+        ExportError: If it has another head.
     """
 
     task = 'classification'
@@ -40,7 +40,7 @@ class Classifier(nn.Module):
         self.model, self.num_classes = model, model.head.num_classes
 
     def forward(self, image: Tensor) -> Tensor:
-        """Predict.
+        """Classify images.
 
         Args:
             image (Tensor): Of shape (B, H, W, 3), type uint8, RGB.
@@ -53,13 +53,13 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def predict(self, image: np.ndarray, size: np.ndarray) -> Arrays:
-        """What MMPretrain predicts."""
+        """Return MMPretrain's prediction."""
         pixels = [torch.from_numpy(x).permute(2, 0, 1).flip(0) for x in image]
         found = self.model.test_step(dict(inputs=pixels))
         return dict(scores=torch.stack([x.pred_score for x in found]).numpy())
 
     def compare(self, found: Arrays, expected: Arrays) -> tuple[str, str]:
-        """What differs, empty if nothing does, and what was compared."""
+        """Return the difference, empty if there is none, and what was compared."""
         difference = float(np.abs(found['scores'] - expected['scores']).max())
         if difference > SCORE:
             return f'a probability by {difference:.1e}, more than {SCORE}', ''

@@ -1,8 +1,8 @@
-"""MMDetection's detectors from pixels to boxes, as modules that can be captured.
+"""MMDetection's detectors from pixels to boxes, as exportable modules.
 
-The layers are those of the model. What MMDetection computes between them and after
-them with lists, masks of unknown size and ``InstanceData`` is written out for one
-image, with the same results.
+The layers are those of the model. MMDetection's computations between and after them use
+lists, masks of dynamic size and ``InstanceData``, which export cannot record. Here they
+are implemented for one image, with the same results.
 """
 
 from collections.abc import Sequence
@@ -21,29 +21,28 @@ from .operators import nms, paste_masks, pyramid_roi_align
 from .preprocessing import Preprocess, require, side_of
 from .verification import Arrays, compare_detections
 
-# Of width to height, MMDetection's limit on what a box coder decodes.
+# MMDetection's limit on the logarithm of a decoded width or height
 MAX_LOG_RATIO = 4.135166556742356
 
 
 class Detector(nn.Module):
-    """What the detectors share: pixels, features, and boxes in the image's pixels.
+    """Base class of the detectors.
 
     Args:
         model (nn.Module): MMDetection's model.
 
     Raises:
-        ExportError: If it has a part that is not restated here.
+        ExportError: If a part of the model is not supported.
     """
 
-    # a layer of the model must have one name here: PyTorch's export traces proxies of
-    # the layers where one has two
+    # the only attribute with layers: export traces proxies of layers with two names
     model: Any
     cfg: Any
     num_classes: int
     output_names: tuple[str, ...] = ('boxes', 'scores', 'labels')
     input_names = ('image', 'size')
     task = 'detection'
-    has_batch = False  # images of a batch have numbers of boxes of their own
+    has_batch = False  # the number of boxes depends on the image
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -58,7 +57,7 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def predict(self, image: np.ndarray, size: np.ndarray) -> Arrays:
-        """What MMDetection predicts, for the arguments of ``forward``."""
+        """Return MMDetection's prediction for the arguments of ``forward``."""
         height, width = image.shape[1:3]
         meta = dict(
             img_shape=(height, width),
@@ -80,11 +79,11 @@ class Detector(nn.Module):
 
     @property
     def score_threshold(self) -> float:
-        """Score that a detection exceeds."""
+        """Lower bound of the scores of detections."""
         return float(self.cfg.get('score_thr', 0))
 
     def read(self, image: Tensor) -> tuple[Tensor, ...]:
-        """The features of an image of shape (1, H, W, 3)."""
+        """Compute the features of an image of shape (1, H, W, 3)."""
         return self.model.extract_feat(self.preprocess(image))
 
 
@@ -104,16 +103,15 @@ class RetinaNet(Detector):
         self.clips_last = type(head).__name__ == 'ClipLastRetinaHead'
 
     def forward(self, image: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Detect.
+        """Detect objects.
 
         Args:
             image (Tensor): Of shape (1, H, W, 3), type uint8, RGB.
-            size (Tensor): Height and width of the picture that it was resized from,
-                of type int64.
+            size (Tensor): Height and width of the image before resizing, of type int64.
 
         Returns:
-            tuple[Tensor, Tensor, Tensor]: Boxes in pixels of that picture, of shape
-            (n, 4), scores and labels, of shape (n,), the best first.
+            tuple[Tensor, Tensor, Tensor]: Boxes in pixels of the image before resizing,
+            of shape (n, 4), scores and labels, of shape (n,), by descending score.
         """
         shape = (image.shape[1], image.shape[2])
         boxes, scores, labels = propose(
@@ -136,8 +134,8 @@ class MaskRCNN(Detector):
 
     Args:
         model (nn.Module): MMDetection's model.
-        paste (bool): Whether masks are those of the picture. If not, they are the
-            probabilities in each box, 28 x 28 or as large as the head makes them.
+        paste (bool): Whether to return masks of the whole image. Otherwise, masks are
+            the probabilities within each box, in the resolution of the mask head.
             Default: True.
     """
 
@@ -157,7 +155,7 @@ class MaskRCNN(Detector):
         self.paste, self.with_mask = paste, roi.with_mask
 
     def compare(self, found: Arrays, expected: Arrays) -> tuple[str, str]:
-        """As the detector's; masks of boxes are pasted first."""
+        """As for other detectors; masks of boxes are pasted first."""
         if 'masks' in expected and not self.paste:
             height, width = expected['masks'].shape[1:]
             masks, boxes = (torch.from_numpy(found[n]) for n in ('masks', 'boxes'))
@@ -168,16 +166,16 @@ class MaskRCNN(Detector):
         return super().compare(found, expected)
 
     def forward(self, image: Tensor, size: Tensor) -> tuple[Tensor, ...]:
-        """Detect.
+        """Detect objects.
 
         Args:
-            image (Tensor): As :meth:`RetinaNet.forward`.
-            size (Tensor): The same.
+            image (Tensor): As for :meth:`RetinaNet.forward`.
+            size (Tensor): As for :meth:`RetinaNet.forward`.
 
         Returns:
             tuple[Tensor, ...]: Boxes, scores and labels, and with a mask head the
-            masks: of type bool and shape (n, height, width), or probabilities of
-            shape (n, 28, 28) unless ``paste``.
+            masks: of type bool and shape (n, height, width), or without ``paste``
+            probabilities of shape (n, 28, 28).
         """
         shape = (image.shape[1], image.shape[2])
         features = self.read(image)
@@ -194,7 +192,7 @@ class MaskRCNN(Detector):
         return boxes, scores, labels, masks
 
     def find_proposals(self, features: Sequence[Tensor], shape: tuple) -> Tensor:
-        """Boxes (n, 4) that may hold an object."""
+        """Return boxes (n, 4) that may contain an object."""
         rpn = self.model.rpn_head
         cfg = rpn.test_cfg
         boxes, scores, _, levels = propose(
@@ -206,7 +204,7 @@ class MaskRCNN(Detector):
     def classify(
         self, features: Sequence[Tensor], proposals: Tensor, shape: tuple, ratio: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes, scores and labels of the proposals that hold an object."""
+        """Return boxes, scores and labels of the detections."""
         roi, cfg = self.model.roi_head, self.cfg
         head = roi.bbox_head
         pooled = extract(roi.bbox_roi_extractor, features, proposals)
@@ -229,7 +227,7 @@ class MaskRCNN(Detector):
     def segment(
         self, features: Sequence[Tensor], boxes: Tensor, labels: Tensor
     ) -> Tensor:
-        """Probabilities (n, S, S) of the pixels in each box."""
+        """Return mask probabilities (n, S, S) within each box."""
         roi = self.model.roi_head
         head = roi.mask_head
         pooled = extract(roi.mask_roi_extractor, features, boxes)
@@ -250,18 +248,18 @@ def propose(
     num_best: int,
     with_levels: bool = False,
 ) -> tuple[Tensor, ...]:
-    """The best anchors of each level of a dense head.
+    """Return the best anchors of each level of a dense head, decoded.
 
     Args:
         head (nn.Module): ``RetinaHead`` or ``RPNHead``.
         features (Sequence[Tensor]): Maps of shape (1, C, H_i, W_i).
         shape (tuple[int, int]): Height and width of the image.
-        num_best (int): How many of a level; all if it is not positive.
-        with_levels (bool): Whether their levels are returned too. Default: False.
+        num_best (int): Number of anchors per level; all if it is not positive.
+        with_levels (bool): Whether to return the levels too. Default: False.
 
     Returns:
-        tuple[Tensor, ...]: Decoded boxes (n, 4), scores (n,), labels (n,), and if
-        asked for levels (n,).
+        tuple[Tensor, ...]: Boxes (n, 4), scores (n,), labels (n,), and levels (n,) if
+        requested.
     """
     all_scores, all_deltas = head(features)
     sizes = [(scores.shape[2], scores.shape[3]) for scores in all_scores]
@@ -292,7 +290,7 @@ def propose(
 
 
 def decode(coder: Any, anchors: Tensor, deltas: Tensor, shape: tuple) -> Tensor:
-    """Boxes from anchors and what a head predicts of them, both of shape (..., 4)."""
+    """Decode deltas of anchors, both of shape (..., 4), to boxes."""
     deltas = deltas * deltas.new_tensor(coder.stds) + deltas.new_tensor(coder.means)
     centre = (anchors[..., :2] + anchors[..., 2:]) * 0.5
     extent = anchors[..., 2:] - anchors[..., :2]
@@ -307,24 +305,24 @@ def decode(coder: Any, anchors: Tensor, deltas: Tensor, shape: tuple) -> Tensor:
 
 
 def clip(boxes: Tensor, width: Tensor, height: Tensor) -> Tensor:
-    """Boxes (..., 4) that end at the border."""
+    """Clip boxes (..., 4) to the image."""
     limits = torch.stack([width, height, width, height]).to(boxes.dtype)
     return torch.minimum(boxes.clamp(min=0), limits)
 
 
 def size_ratio(size: Tensor, shape: tuple) -> Tensor:
-    """Factors on x1, y1, x2, y2 from an image of ``shape`` to the one before it."""
+    """Factors for x1, y1, x2, y2 from ``shape`` to the size before resizing."""
     y, x = size[0] / shape[0], size[1] / shape[1]
     return torch.stack([x, y, x, y]).to(torch.float32)
 
 
 def centres(size: Tensor, index: int) -> Tensor:
-    """Centres of the pixels of a column or row."""
+    """Centres of the pixels along an axis."""
     return torch.arange(side_of(size, index), device=size.device).float() + 0.5
 
 
 def is_larger(boxes: Tensor, limit: float) -> Tensor:
-    """Whether both sides of a box are; a negative limit allows any."""
+    """Whether both sides of a box are larger than a limit, if that is not negative."""
     sides = boxes[:, 2:] - boxes[:, :2]
     return (sides > limit).all(dim=1) if limit >= 0 else boxes[:, 0] == boxes[:, 0]
 
@@ -332,10 +330,10 @@ def is_larger(boxes: Tensor, limit: float) -> Tensor:
 def nms_of_groups(
     boxes: Tensor, scores: Tensor, groups: Tensor, valid: Tensor, cfg: Any
 ) -> Tensor:
-    """Indices of the boxes that a non-maximum suppression in each group leaves.
+    """Apply non-maximum suppression within each group, and return indices.
 
-    Groups are moved apart by as much as in :func:`mmcv.ops.batched_nms`, which rounds
-    coordinates the same way.
+    As in :func:`mmcv.ops.batched_nms`, groups are shifted apart, so that coordinates
+    are rounded in the same way.
     """
     options = cfg.nms
     largest = torch.where(valid, boxes.amax(dim=1), 0.0).max()
@@ -345,7 +343,7 @@ def nms_of_groups(
 
 
 def extract(extractor: Any, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
-    """Features (n, C, S, S) of boxes, each from the level of its size."""
+    """Extract features (n, C, S, S) of boxes, from the levels for their sizes."""
     layers = extractor.roi_layers
     extent = boxes[:, 2:] - boxes[:, :2]
     scale = (extent[:, 0] * extent[:, 1]).sqrt()
@@ -361,7 +359,7 @@ def extract(extractor: Any, features: Sequence[Tensor], boxes: Tensor) -> Tensor
     )
 
 
-# ---------------------------------------------------------------- what is restated
+# ---------------------------------------------------------------- supported parts
 
 
 def check_anchor_head(head: Any, kind: type, place: str) -> None:

@@ -1,8 +1,8 @@
-"""A model becomes a file of ONNX, of OpenVINO or of PyTorch's export.
+"""Export of a model to a file of ONNX, OpenVINO or PyTorch's export.
 
-The model is captured once, with sizes that stay free. All formats come from that
-program: PyTorch's archive holds it, ONNX's operators replace its own, and OpenVINO
-reads the ONNX file.
+The model is captured once, for images of any size. All formats are made from that
+program. PyTorch's archive contains it. For ONNX its operators are translated, and
+OpenVINO reads the ONNX file.
 """
 
 import contextlib
@@ -32,27 +32,27 @@ from ..utils.config_types import find_type, type_name
 from ..utils.text import shorten
 from .preprocessing import ExportError
 
-# By ending: what writing such a file needs, and what running it needs.
+# For each suffix, packages to write a file and to run it
 FORMATS = {
     '.onnx': (('onnx', 'onnxscript'), ('onnxruntime',)),
     '.xml': (('onnx', 'onnxscript', 'openvino'), ('openvino',)),
     '.pt2': ((), ()),
 }
-OLDEST_TORCH = '2.9'  # programs without guards
+OLDEST_TORCH = '2.9'  # the first one with programs without guards
 OPSET = 20
-KEY = 'mmrest'  # of the metadata
-# Large enough that no map of a detector has a side of 1.
+KEY = 'mmrest'  # of the metadata in a file
+# Large enough that no map of a detector has a side of 1
 EXAMPLE_SIZE = (352, 480)
-# Steps of a test pipeline that a runner must take before the file's own.
+# Steps of a test pipeline that precede the exported program
 GEOMETRY = ('Resize', 'ResizeEdge', 'CenterCrop')
 WAYS = ('bilinear', 'bicubic')
 
 
 def check_format(path: Path, verify: bool = True) -> None:
-    """Check that a file of this name can be written, and run.
+    """Check that a file of this name can be written and, to verify it, run.
 
     Raises:
-        ExportError: If the ending is unknown, or a package is missing or too old.
+        ExportError: If the suffix is unknown, or a package is missing or too old.
     """
     if path.suffix not in FORMATS:
         raise ExportError(
@@ -67,7 +67,7 @@ def check_format(path: Path, verify: bool = True) -> None:
 
 
 def check_packages(names: Iterable[str], what: str) -> None:
-    """Raise an ``ExportError`` if a package is missing that something needs."""
+    """Raise an ``ExportError`` if a package is missing."""
     missing = [name for name in names if find_spec(name) is None]
     if missing:
         raise ExportError(
@@ -76,16 +76,16 @@ def check_packages(names: Iterable[str], what: str) -> None:
 
 
 def exportable(model: Any, paste: bool = True) -> nn.Module:
-    """Wrap a model of a toolbox as a module that can be captured.
+    """Wrap a model of a toolbox as an exportable module.
 
     Args:
-        model (nn.Module): With its weights; it is changed: BatchNorms become part of
-            the convolutions before them, and the attention is the default.
+        model (nn.Module): The model with its weights. It is changed: BatchNorms are
+            merged into the convolutions before them, and the attention is the default.
         paste (bool): See :class:`mmrest.deployment.detectors.MaskRCNN`.
             Default: True.
 
     Raises:
-        ExportError: If it is no such model, or has parts that cannot be exported.
+        ExportError: If the model or a part of it is not supported.
     """
     model = fuse_conv_bn(model.eval()).requires_grad_(False)
     for module in model.modules():
@@ -124,8 +124,8 @@ def capture(module: Any) -> torch.export.ExportedProgram:
     )
     dims = dict(image={1: free, 2: free, **({0: free} if batch > 1 else {})}, size=None)
     names = module.input_names
-    # maps of small images have sides of 1, for which PyTorch would record another
-    # program, since strides and broadcasting differ there
+    # maps of small images have sides of 1, with other strides and broadcasting; without
+    # this option, PyTorch would exclude them
     patch = shapes.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     with patch, torch.no_grad():
         program = torch.export.export(
@@ -139,7 +139,7 @@ def capture(module: Any) -> torch.export.ExportedProgram:
 
 
 def describe_attention(program: torch.export.ExportedProgram) -> str:
-    """In which form the attention layers of a program are."""
+    """Describe how the attention layers of a program are computed."""
     tiled = dense = 0
     for node in program.graph.nodes:
         tiled += 'attention' in str(node.target)
@@ -154,16 +154,16 @@ def describe_attention(program: torch.export.ExportedProgram) -> str:
 
 
 def describe(module: Any, cfg: Config, checkpoint: Any, name: str) -> dict[str, Any]:
-    """What stands in the metadata of a file.
+    """Return the metadata of a file.
 
     Args:
         module (nn.Module): The exportable module.
-        cfg (Config): The config, of which the steps before the preprocessing come.
-        checkpoint (dict): What the checkpoint's file holds; its classes come first.
-        name (str): Of the config.
+        cfg (Config): The config, with the steps before the preprocessing.
+        checkpoint (dict): The content of the checkpoint; its classes have precedence.
+        name (str): Name of the config.
 
     Returns:
-        dict[str, Any]: Of JSON's types.
+        dict[str, Any]: For JSON.
     """
     return dict(
         mmrest=__version__,
@@ -180,10 +180,10 @@ def describe(module: Any, cfg: Config, checkpoint: Any, name: str) -> dict[str, 
 
 
 def find_classes(cfg: Config, checkpoint: Any, count: int) -> list[str]:
-    """Names of the classes: of the checkpoint, the config, or its kind of data set.
+    """Return class names of the checkpoint, the config, or its type of data set.
 
     Raises:
-        ExportError: If there are as many names as the model has classes nowhere.
+        ExportError: If there are names, but not as many as the model has classes.
     """
     meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
     own = (meta or {}).get('dataset_meta') or {}
@@ -207,10 +207,10 @@ def find_classes(cfg: Config, checkpoint: Any, count: int) -> list[str]:
 
 
 def find_geometry(cfg: Config) -> list[dict[str, Any]]:
-    """Steps of the test pipeline that change the size of an image.
+    """Return the steps of the test pipeline that resize or crop images.
 
     Raises:
-        ExportError: If it has other steps than these, loading and packing.
+        ExportError: If there are steps other than these, loading and packing.
     """
     dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
     given = dataset.get('pipeline') or cfg.get('test_pipeline') or []
@@ -233,11 +233,11 @@ def find_geometry(cfg: Config) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """Make a file, and what belongs to it, in a folder beside its place.
+    """Write a file, and those that belong to it, in a temporary folder next to it.
 
     Yields:
-        Path: Where to write. When the block is left, all files get their places;
-        after an exception none does.
+        Path: The path to write to. When the block ends, all files are moved to their
+        places; after an exception none is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(UNFINISHED, f'.{path.name}', path.parent))
@@ -255,16 +255,16 @@ def write(
     metadata: dict[str, Any],
     opset: Optional[int] = None,
 ) -> None:
-    """Write a program in the format that the ending names.
+    """Write a program in the format of the file's suffix.
 
     Args:
-        program (ExportedProgram): Of :func:`capture`.
-        path (Path): A file that ends in one of ``FORMATS``.
-        metadata (dict): Of :func:`describe`.
+        program (ExportedProgram): From :func:`capture`.
+        path (Path): A file with a suffix in ``FORMATS``.
+        metadata (dict): From :func:`describe`.
         opset (int, optional): Version of ONNX's operators. Default: 20.
 
     Raises:
-        ExportError: If the opset has no such operators.
+        ExportError: If the opset does not have the operators.
     """
     text = json.dumps(metadata)
     if path.suffix == '.pt2':
@@ -280,7 +280,7 @@ def write(
 
 
 def write_openvino(content: bytes, path: Path, text: str) -> None:
-    """Write the content of an ONNX file as an ``.xml`` file, with its metadata."""
+    """Write an ONNX file, given as its content, as ``.xml`` with its metadata."""
     import openvino
 
     model = openvino.Core().read_model(content, b'')
@@ -294,7 +294,7 @@ def to_onnx(
     opset: int,
     text: str,
 ) -> bytes:
-    """The program as the content of an ONNX file."""
+    """Return a program as the content of an ONNX file."""
     import onnxscript.ir
 
     from .onnx_operators import translations
@@ -308,7 +308,7 @@ def to_onnx(
         output_names=metadata['outputs'],
         verbose=False,
     )
-    assert exported is not None  # it is written to no file
+    assert exported is not None  # without a file name
     model = exported.model
     if model.opset_imports.get('') != opset:
         raise ExportError(
@@ -316,13 +316,13 @@ def to_onnx(
             f'--opset {OPSET}.'
         )
     for node in model.graph.all_nodes():
-        node.metadata_props.clear()  # paths of this machine
+        node.metadata_props.clear()  # they contain paths of this machine
     model.metadata_props[KEY] = text
     return onnxscript.ir.to_proto(model).SerializeToString()
 
 
 class ExportedProgram:
-    """A ``.pt2`` file in PyTorch, as ``ExportedModel`` of tools/deployment is others.
+    """A ``.pt2`` file in PyTorch, used like ``ExportedModel`` of tools/deployment.
 
     Args:
         path (Path): The file.
@@ -332,20 +332,20 @@ class ExportedProgram:
     """
 
     def __init__(self, path: Path) -> None:
-        from . import operators  # noqa: F401, what the program calls
+        from . import operators  # noqa: F401, the program calls them
 
         extra = {f'{KEY}.json': ''}
         program = torch.export.load(path, extra_files=extra)
         self.metadata = json.loads(extra[f'{KEY}.json'])
-        # its guards are on strides of the example's size, which change no result
+        # its guards check strides of the example, which do not matter
         self._module = program.module(check_guards=False)
 
     @torch.no_grad()
     def run(self, image: np.ndarray, size: np.ndarray) -> dict[str, np.ndarray]:
-        """Run the program on images (B, H, W, 3) of pictures of a size."""
+        """Run the program on images (B, H, W, 3), resized from a size."""
         given = dict(image=torch.from_numpy(image), size=torch.from_numpy(size))
         results = self._module(*(given[name] for name in self.metadata['inputs']))
-        if isinstance(results, torch.Tensor):  # the only one
+        if isinstance(results, torch.Tensor):  # there is only one
             results = (results,)
         names = self.metadata['outputs']
         return {name: x.numpy() for name, x in zip(names, results)}

@@ -1,10 +1,10 @@
-"""What operators of an exported program are in ONNX.
+"""Translations of an exported program's operators to ONNX.
 
-Attention is a loop over tiles of queries, as in :mod:`mmrest.ops.tiled`: no attention
-map is stored. The other operators are ONNX's own.
+Attention is a loop over tiles of queries, as in :mod:`mmrest.ops.tiled`, which stores
+no attention maps. The other translations use ONNX's own operators.
 """
 
-# onnxscript compiles what looks like Python here
+# onnxscript compiles these functions
 # mypy: ignore-errors
 
 from typing import Any, Callable, Optional
@@ -17,18 +17,18 @@ from onnxscript.values import Opset
 from ..ops.tiled import CPU_TILE_BYTES, MIN_ROWS
 from . import operators
 
-# Operators of opset 18, for which PyTorch's own translations are written too.
+# Opset 18 is also that of PyTorch's own translations
 _DOMAIN = Opset('mmrest', 1)
 
-# A loop's body gets everything as an argument and hands it on, since OpenVINO's bodies
-# see nothing of what is around them.
+# The body of a loop receives all values as arguments and returns them, since OpenVINO
+# does not support outer values.
 
 
 @script(_DOMAIN, default_opset=op)
 def _interacting_tiles(
     tiles: FLOAT[...], keys: FLOAT[...], values: FLOAT[...], weight: FLOAT[...]
 ) -> tuple[FLOAT[...], FLOAT[...]]:
-    """Maps minus their mean times values, and the sums of the squares of the maps.
+    """Multiply maps, minus their mean, with values, and sum the squares of the maps.
 
     ``tiles`` are scaled queries of shape (tiles, B, h, rows, d), ``keys`` have the
     shape (B, h, d, M), ``values`` (B, h, M, d).
@@ -50,9 +50,9 @@ def _interacting_tiles(
         scores = op.MatMul(q, k)
         mixed = op.MatMul(mix, op.Reshape(scores, [0, 0, -1]))
         attn = op.Softmax(op.Reshape(mixed, op.Shape(scores)), axis=-1)
-        # rows of zeros, which fill the last tile, add nothing
+        # rows of padding in the last tile add nothing
         centred = op.Sub(attn, average)
-        # in two steps: the sum over a whole tile loses digits
+        # in two steps, since one sum over a whole tile loses precision
         squares = op.ReduceSumSquare(centred, [3], keepdims=1)
         new_total = op.Add(total, op.ReduceSum(squares, [2], keepdims=1))
         return (
@@ -134,9 +134,9 @@ def _ints(*values: int) -> Any:
 
 
 def _cut_into_tiles(q: Any, k: Any, scale: float) -> Any:
-    """Scaled queries (B, h, N, d) as tiles, with rows of zeros at the end of the last.
+    """Scale queries (B, h, N, d) and cut them into tiles, the last padded with zeros.
 
-    The tiles are as large as those of :func:`mmrest.ops.tiled.choose_tile`.
+    The tiles have the size of those of :func:`mmrest.ops.tiled.choose_tile`.
     """
     heads, dim = q.shape[1], q.shape[3]
     count = op.Shape(q, start=2, end=3)
@@ -152,7 +152,7 @@ def _cut_into_tiles(q: Any, k: Any, scale: float) -> Any:
 
 
 def _join_tiles(products: Any, q: Any) -> Any:
-    """Tiles as (B, h, N, d), without the rows that were added."""
+    """Join tiles to (B, h, N, d), without the padding."""
     shape = _ints(0, 0, -1, q.shape[3])
     x = op.Reshape(op.Transpose(products, perm=[1, 2, 0, 3, 4]), shape)
     return op.Slice(x, _ints(0), op.Shape(q, start=2, end=3), _ints(2))
@@ -223,7 +223,7 @@ def _pyramid_roi_align(
     for i, (feature, scale) in enumerate(zip(features, scales)):
         at_level = op.NonZero(op.Equal(levels, op.Constant(value_int=i)))
         index = op.Reshape(at_level, _ints(-1))
-        image = op.Mul(index, _ints(0))  # there is one
+        image = op.Mul(index, _ints(0))  # all are in image 0
         parts.append(
             op.RoiAlign(
                 feature,
@@ -250,7 +250,7 @@ def _pyramid_roi_align(
 def _paste_masks(
     masks: Any, boxes: Any, rows: Any, columns: Any, threshold: float
 ) -> Any:
-    # one more than there are: ONNX Runtime cannot loop over none
+    # with an additional one, since ONNX Runtime cannot loop over none
     masks = op.Pad(masks, _ints(0, 0, 0, 1, 0, 0))
     boxes = op.Pad(boxes, _ints(0, 0, 1, 0))
     limit = op.Constant(value_float=threshold)
@@ -259,7 +259,7 @@ def _paste_masks(
 
 
 def _adaptive_avg_pool2d(x: Any, output_size: Any) -> Any:
-    """Means of cells of unequal size: a product with weights for either axis."""
+    """Average over cells of unequal size, by a product with weights for each axis."""
 
     def weights(axis: int, cells: int) -> Any:
         side = op.Shape(x, start=axis, end=axis + 1)
@@ -277,7 +277,7 @@ def _adaptive_avg_pool2d(x: Any, output_size: Any) -> Any:
 
 
 def translations() -> dict[Callable, Callable]:
-    """The ``custom_translation_table`` of :func:`torch.onnx.export`."""
+    """Return the ``custom_translation_table`` of :func:`torch.onnx.export`."""
     aten, mmrest = torch.ops.aten, torch.ops.mmrest
     return {
         aten.adaptive_avg_pool2d.default: _adaptive_avg_pool2d,

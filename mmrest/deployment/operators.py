@@ -1,7 +1,8 @@
-"""Operators of detectors that ONNX has too, and `torch.export` cannot look into.
+"""Operators of detectors that ONNX has too and ``torch.export`` does not trace.
 
-An exported program holds them as they are. In PyTorch they are what is written here,
-with MMCV's kernels; in ONNX what :mod:`mmrest.deployment.onnx_operators` says.
+An exported program contains them as single operators. PyTorch runs the functions below,
+with MMCV's kernels, and ONNX the translations in
+:mod:`mmrest.deployment.onnx_operators`.
 """
 
 from collections.abc import Sequence
@@ -14,17 +15,17 @@ from torch import Tensor
 
 @torch.library.custom_op('mmrest::nms', mutates_args=())
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_boxes: int) -> Tensor:
-    """Non-maximum suppression.
+    """Apply non-maximum suppression.
 
     Args:
         boxes (Tensor): Corners x1, y1, x2, y2, of shape (n, 4).
-        scores (Tensor): Probabilities, of shape (n,). A box with a negative one is
+        scores (Tensor): Probabilities, of shape (n,). Boxes with negative ones are
             dropped.
-        iou_threshold (float): A box that overlaps a better one by more is dropped.
-        max_boxes (int): How many are kept at most.
+        iou_threshold (float): Boxes that overlap a better one by more are dropped.
+        max_boxes (int): Largest number of boxes to keep.
 
     Returns:
-        Tensor: Indices of the boxes that are kept, the best first.
+        Tensor: Indices of the boxes that are kept, by descending score.
     """
     valid = (scores >= 0).nonzero()[:, 0]
     if len(valid) == 0:
@@ -48,16 +49,15 @@ def pyramid_roi_align(
     size: int,
     sampling_ratio: int,
 ) -> Tensor:
-    """RoIAlign of each box, on its level of the feature pyramid of an image.
+    """Apply RoIAlign to each box, on its level of the feature pyramid of an image.
 
     Args:
         features (Sequence[Tensor]): Maps of shape (1, C, H_i, W_i).
         boxes (Tensor): Corners in pixels of the image, of shape (n, 4).
-        levels (Tensor): For each box the index of its map, of shape (n,).
+        levels (Tensor): Index of the map of each box, of shape (n,).
         scales (Sequence[float]): Size of each map relative to the image.
         size (int): Height and width of the result.
-        sampling_ratio (int): Samples of a cell along an axis; 0 for as many as it has
-            pixels.
+        sampling_ratio (int): Samples per cell along an axis; 0 for one per pixel.
 
     Returns:
         Tensor: Of shape (n, C, size, size).
@@ -67,7 +67,7 @@ def pyramid_roi_align(
     for i, (feature, scale) in enumerate(zip(features, scales)):
         index = (levels == i).nonzero()[:, 0]
         if len(index) > 0:
-            # contiguous: mmcv's kernel reads channels_last maps of a CPU wrongly
+            # contiguous, since mmcv's kernel misreads channels_last maps on CPUs
             feature, shape = feature.contiguous(), (size, size)
             result[index] = mmcv_roi_align(
                 feature, rois[index], shape, scale, sampling_ratio, 'avg', True
@@ -84,17 +84,17 @@ def _(features, boxes, levels, scales, size, sampling_ratio):  # noqa: ANN001
 def paste_masks(
     masks: Tensor, boxes: Tensor, rows: Tensor, columns: Tensor, threshold: float
 ) -> Tensor:
-    """Masks of boxes as masks of the image.
+    """Paste masks of boxes into masks of the image.
 
-    A mask is interpolated linearly along either axis, and is 0 beyond its box. One
-    product with the weights of the rows and one with those of the columns does it.
+    A mask is interpolated linearly along both axes and is 0 outside its box. This is a
+    product with weights of the rows and one with weights of the columns.
 
     Args:
         masks (Tensor): Probabilities, of shape (n, S, S).
         boxes (Tensor): Corners in pixels of the image, of shape (n, 4).
         rows (Tensor): Centres of the image's rows, 0.5 to H - 0.5, of shape (H,).
         columns (Tensor): Centres of its columns, of shape (W,).
-        threshold (float): Probability from which on a pixel is set.
+        threshold (float): Lowest probability of pixels in the mask.
 
     Returns:
         Tensor: Of type bool and shape (n, H, W).

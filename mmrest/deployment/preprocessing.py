@@ -1,4 +1,4 @@
-"""From the pixels of a file to what a network takes, within the exported program."""
+"""Preprocessing of images, within the exported program."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 
 class ExportError(ValueError):
-    """A model that cannot be exported as asked."""
+    """A model that cannot be exported as requested."""
 
 
 def require(condition: bool, place: str, wanted: str, found: Any) -> None:
-    """Raise an ExportError unless a part of the model is one that can be exported."""
+    """Raise an ExportError unless a part of the model is supported."""
     if not condition:
         name = found if isinstance(found, (str, dict)) else type(found).__name__
         raise ExportError(
@@ -21,21 +21,21 @@ def require(condition: bool, place: str, wanted: str, found: Any) -> None:
 
 
 def side_of(size: Tensor, index: int) -> Any:
-    """Height or width that is known when the program runs."""
+    """Return a height or width that is only known when the program runs."""
     side = size[index].item()
     torch._check(side >= 1)
     return side
 
 
 class Preprocess(nn.Module):
-    """Images as they are read, (B, H, W, 3), RGB, uint8, become (B, 3, H', W').
+    """Normalise and pad images (B, H, W, 3), RGB, uint8, to (B, 3, H', W').
 
     Args:
-        mean (Tensor): For each channel.
-        std (Tensor): For each channel.
-        to_bgr (bool): Whether the network was trained with BGR.
+        mean (Tensor): Mean of each channel.
+        std (Tensor): Standard deviation of each channel.
+        to_bgr (bool): Whether the network takes BGR images.
         divisor (int): H' and W' are multiples of it. Default: 1.
-        pad_value (float): Of the padding, after the normalisation. Default: 0.
+        pad_value (float): Value of the padding after the normalisation. Default: 0.
     """
 
     mean: Tensor
@@ -58,7 +58,7 @@ class Preprocess(nn.Module):
     def of(
         cls, given: Any, to_bgr: bool, divisor: int, pad_value: float
     ) -> 'Preprocess':
-        """With the mean and standard deviation of a toolbox's preprocessor."""
+        """Use the mean and standard deviation of a toolbox's preprocessor."""
         if given._enable_normalize:
             mean, std = given.mean, given.std
         else:
@@ -78,7 +78,7 @@ class Preprocess(nn.Module):
         return F.pad(x, (0, right, 0, below), value=self.pad_value)
 
     def describe(self) -> dict[str, Any]:
-        """What it does, for the metadata of a file."""
+        """Return the arguments, for the metadata of a file."""
         return dict(
             mean=self.mean.flatten().tolist(),
             std=self.std.flatten().tolist(),

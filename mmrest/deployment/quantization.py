@@ -1,4 +1,4 @@
-"""An exported file with 8-bit convolutions and linear layers, and what that changes."""
+"""Quantisation of exported files: 8-bit convolutions and linear layers."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from .verification import Arrays
 
 # Attention maps, norms, anchors, NMS, RoIAlign and the pasting of masks stay in float.
 LAYERS = ['Conv', 'Gemm', 'MatMul']
-SHOWN = 0.3  # score of the detections that are compared
+SHOWN = 0.3  # lowest score of detections that are compared
 
 
 class _Reader(CalibrationDataReader):
@@ -24,15 +24,15 @@ class _Reader(CalibrationDataReader):
 
 
 def quantize(source: Path, target: Path, inputs: Iterable[Arrays]) -> None:
-    """Quantise the layers of an ``.onnx`` file that have weights.
+    """Quantise the layers with weights in an ``.onnx`` file.
 
-    Weights are scaled by channel and activations by tensor, each to the range that the
-    inputs show.
+    Weights are scaled per channel and activations per tensor, to their range on the
+    inputs.
 
     Args:
-        source (Path): Of tools/deployment/export.py.
+        source (Path): A file from tools/deployment/export.py.
         target (Path): ``.onnx``, or ``.xml`` for OpenVINO.
-        inputs (Iterable[dict[str, ndarray]]): The inputs by name for each picture.
+        inputs (Iterable[dict[str, ndarray]]): Inputs by name, for each image.
     """
     quantized = target.with_suffix('.onnx')
     quantize_static(
@@ -50,12 +50,12 @@ def quantize(source: Path, target: Path, inputs: Iterable[Arrays]) -> None:
 
 
 def describe_differences(task: str, results: Sequence[tuple[Arrays, Arrays]]) -> str:
-    """Say how far the results of two files differ.
+    """Describe how the results of two files differ.
 
     Args:
         task (str): As in the metadata of the files.
-        results (Sequence[tuple[dict, dict]]): For each picture what the new file gives
-            and what the old one gave.
+        results (Sequence[tuple[dict, dict]]): For each image, the results of the new
+            file and of the old one.
     """
     if task == 'segmentation':
         parts = [(new['labels'] != old['labels']).mean() for new, old in results]
@@ -77,7 +77,7 @@ def describe_differences(task: str, results: Sequence[tuple[Arrays, Arrays]]) ->
             count += 1
             index = np.flatnonzero(new['labels'] == label)
             moved = np.abs(new['boxes'][index] - box).max(axis=1, initial=0)
-            # farther away it is another object
+            # at a larger distance it is another object
             if len(index) and moved.min() < (box[2:] - box[:2]).min() / 2:
                 boxes.append(moved.min())
                 scores.append(abs(new['scores'][index[moved.argmin()]] - score))

@@ -1,4 +1,4 @@
-"""MMSegmentation's segmentors from pixels to labels, as modules to be captured."""
+"""MMSegmentation's segmentors from pixels to labels, as exportable modules."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ class Segmentor(nn.Module):
         model (nn.Module): MMSegmentation's model.
 
     Raises:
-        ExportError: If it predicts in windows, or pads images to a size.
+        ExportError: If it uses sliding windows, or pads images to a fixed size.
     """
 
     task = 'segmentation'
@@ -51,7 +51,7 @@ class Segmentor(nn.Module):
                     setattr(module, name, _with_free_sizes(child))
 
     def forward(self, image: Tensor, size: Tensor) -> Tensor:
-        """Predict.
+        """Segment images.
 
         Args:
             image (Tensor): Of shape (B, H, W, 3), type uint8, RGB.
@@ -68,13 +68,13 @@ class Segmentor(nn.Module):
         return logits.argmax(dim=1)
 
     def resize(self, x: Tensor, size: tuple) -> Tensor:
-        """As MMSegmentation resizes logits."""
+        """Resize logits as MMSegmentation does."""
         corners = self.model.align_corners
         return F.interpolate(x, size, mode='bilinear', align_corners=corners)
 
     @torch.no_grad()
     def predict(self, image: np.ndarray, size: np.ndarray) -> Arrays:
-        """What MMSegmentation predicts, for the arguments of ``forward``."""
+        """Return MMSegmentation's prediction for the arguments of ``forward``."""
         shape = image.shape[1:3]
         meta = dict(img_shape=shape, ori_shape=tuple(size.tolist()))
         pixels = [torch.from_numpy(x).permute(2, 0, 1).flip(0) for x in image]
@@ -84,7 +84,7 @@ class Segmentor(nn.Module):
         return dict(labels=torch.stack(labels).numpy())
 
     def compare(self, found: Arrays, expected: Arrays) -> tuple[str, str]:
-        """What differs, empty if nothing does, and what was compared."""
+        """Return the difference, empty if there is none, and what was compared."""
         differing = float((found['labels'] != expected['labels']).mean())
         if differing > MASK:
             return f'{differing:.2%} of the labels, more than {MASK:.2%}', ''
@@ -92,5 +92,5 @@ class Segmentor(nn.Module):
 
 
 def _with_free_sizes(layer: Upsample) -> nn.Module:
-    """The same layer; MMSegmentation's ``int(size * factor)`` records the example's."""
+    """PyTorch's layer, since MMSegmentation's ``int(size * factor)`` is a constant."""
     return nn.Upsample(layer.size, layer.scale_factor, layer.mode, layer.align_corners)

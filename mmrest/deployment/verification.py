@@ -1,6 +1,6 @@
-"""An exported file against the model that it was made from.
+"""Comparison of an exported file with its model.
 
-The model predicts as its toolbox does, and the file in its own runtime.
+The model predicts as in its toolbox, and the file runs in its own runtime.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ Arrays = dict[str, np.ndarray]
 PIXELS = 0.01
 SCORE = 1e-4
 MASK = 5e-4
-# Of the size that the pipeline gives: the sides are made odd.
+# Factors on the size from the pipeline; the sides are then made odd
 SIZES = (1.0, 0.5, 0.2)
 
 
 class VerificationError(ExportError):
-    """A file that does not give what the model gives."""
+    """A file whose results are not those of the model."""
 
 
 def verify(
@@ -30,20 +30,20 @@ def verify(
     pictures: Sequence[np.ndarray],
     resize: Callable[[np.ndarray], np.ndarray],
 ) -> str:
-    """Compare a file and its model on pictures, each at three sizes.
+    """Compare a file and its model on images, each in three sizes.
 
     Args:
-        run (callable): Runs the file, with an image (1, H, W, 3) and the size of the
-            picture that it was resized from. Gives arrays by name.
+        run (callable): Runs the file on an image (1, H, W, 3) and its size before
+            resizing, and returns arrays by name.
         module (nn.Module): The exportable module.
         pictures (Sequence[ndarray]): RGB, uint8.
-        resize (callable): From a picture to the size that the pipeline gives.
+        resize (callable): Resizes an image as the pipeline does.
 
     Returns:
         str: What was compared.
 
     Raises:
-        VerificationError: With what differs, in which size.
+        VerificationError: With the difference and the size.
     """
     counts = []
     for picture in pictures:
@@ -67,14 +67,14 @@ def verify(
 
 
 def scale_picture(picture: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """A picture in another size, (H, W, 3)."""
+    """Resize an image (H, W, 3)."""
     x = torch.from_numpy(picture).permute(2, 0, 1)[None].float()
     x = torch.nn.functional.interpolate(x, shape, mode='bilinear', antialias=True)
     return x[0].round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
 def draw_picture(shape: tuple[int, int] = (480, 640)) -> np.ndarray:
-    """Coloured rectangles on a noisy ground, for want of a picture of the task."""
+    """Draw coloured rectangles on noise, if there is no image of the task."""
     rng = np.random.default_rng(0)
     picture = rng.integers(90, 160, (*shape, 3), dtype=np.uint8)
     for _ in range(12):
@@ -92,22 +92,22 @@ def compare_detections(
     pixels: float = PIXELS,
     score: float = SCORE,
 ) -> tuple[str, str]:
-    """Compare boxes, scores, labels and masks of a picture.
+    """Compare boxes, scores, labels and masks of an image.
 
-    A detection whose score lies within the tolerance of the threshold, or of the last
-    one if there are as many as allowed, may be missing on either side.
+    A detection may be missing on either side if its score is within the tolerance of
+    the threshold, or of the lowest score if the limit is reached.
 
     Args:
         found (dict[str, ndarray]): ``boxes`` (n, 4), ``scores``, ``labels``, and
             ``masks`` (n, H, W) if the model has any.
-        expected (dict[str, ndarray]): The same of the model.
-        threshold (float): Score that a detection must exceed.
-        limit (int): How many detections there may be.
-        pixels (float): How far the sides of a box may differ. Default: 0.01.
-        score (float): How far scores may differ. Default: 1e-4.
+        expected (dict[str, ndarray]): The same, of the model.
+        threshold (float): Lower bound of the scores of detections.
+        limit (int): Largest number of detections.
+        pixels (float): Tolerance of the sides of boxes. Default: 0.01.
+        score (float): Tolerance of scores. Default: 1e-4.
 
     Returns:
-        tuple[str, str]: What differs, empty if nothing does, and what was compared.
+        tuple[str, str]: The difference, empty if there is none, and what was compared.
     """
     pairs = pair(found, expected, pixels, score)
     for own, other, name in ((found, 0, 'more'), (expected, 1, 'less')):
@@ -135,7 +135,7 @@ def compare_detections(
 def pair(
     found: Arrays, expected: Arrays, pixels: float, score: float
 ) -> list[tuple[int, int]]:
-    """Indices of detections that are the same up to the tolerances."""
+    """Return pairs of indices of detections that are equal up to the tolerances."""
     free, pairs = set(range(len(found['scores']))), []
     for j, box in enumerate(expected['boxes']):
         same = (

@@ -1,10 +1,10 @@
-"""Inference: images go in, predictions, pictures and attention come out.
+"""Inference: predictions, pictures and attention of images.
 
 =========================  =======================================================
-``inferencer.py``          a config and a checkpoint become predictions
-``inputs.py``              images of files, folders, addresses, videos and cameras
+``inferencer.py``          predictions of a config and a checkpoint
+``inputs.py``              images from files, folders, URLs, videos and cameras
 ``outputs.py``             pictures, videos and JSON in a folder
-``attention.py``           what a point of an image attends to
+``attention.py``           the attention of a point in an image
 ``attention_pictures.py``  pictures of it
 =========================  =======================================================
 """

@@ -1,11 +1,11 @@
-"""What a point of an image attends to, in each stage and head of ResT.
+"""The attention of a point in an image, in each stage and head of ResT.
 
-One query has one row in the map of each head, ``softmax(scale * q k^T)``, mixed over
-the heads in ResT. It is computed from the queries and keys of a usual forward pass, at
-the cost of a vector times a matrix. The InstanceNorm of ResT makes ``(p - 1/M) r`` of
-the row p, with one number r for the whole N x M map of a head. No map is needed for it
-either: the pass has multiplied the row by the values v and r, so r is what relates the
-output of the query to ``p v - mean(v)``.
+A query has one row in the map of each head, ``softmax(scale * q k^T)``, which ResT
+mixes over the heads. It is computed from the queries and keys of a normal forward pass,
+as a product of a vector and a matrix. The InstanceNorm of ResT turns the row p into
+``(p - 1/M) r``, with one number r for the whole N x M map of a head. It does not need
+the map either: r is the ratio between the output of the query, which the forward pass
+has computed, and ``p v - mean(v)``.
 """
 
 from collections.abc import Iterator
@@ -22,26 +22,25 @@ from .inferencer import InferenceError, Inferencer
 
 
 class StageAttention(NamedTuple):
-    """What a point attends to in one stage."""
+    """The attention of a point in one stage."""
 
     stage: int  # 1 to 4
     size: Size  # height and width of the stage's map
     cell: tuple[int, int]  # row and column of the point in it
-    key_stride: int  # pixels of the input from one key to the next
-    # of shape (h, H_k, W_k): for each head how much of its attention the point pays
-    # to each key; the sum is 1
+    key_stride: int  # pixels of the input per key
+    # of shape (h, H_k, W_k): attention of each head to each key, with sum 1
     rows: np.ndarray
-    # of shape (h,), the number r of the InstanceNorm; 0 where the row is uniform;
-    # None where the attention has no norm
+    # of shape (h,): the number r of the InstanceNorm; 0 if the row is uniform; None if
+    # the attention has no norm
     gains: Optional[np.ndarray]
-    # of shape (H, W), the sigmoid of the pixel attention, averaged over the channels;
-    # None for another positional encoding
+    # of shape (H, W): the sigmoid of the pixel attention, averaged over the channels;
+    # None for other positional encodings
     gates: Optional[np.ndarray]
-    # of shape (H, W), the Euclidean norm of each token that the stage gives out
+    # of shape (H, W): the Euclidean norm of each token after the stage
     features: np.ndarray
 
     def normalised(self) -> np.ndarray:
-        """The rows as they multiply the values: ``(p - 1/M) r``, or p without norm."""
+        """Return the factors of the values: ``(p - 1/M) r``, or p without norm."""
         if self.gains is None:
             return self.rows
         keys = self.rows[0].size
@@ -49,28 +48,28 @@ class StageAttention(NamedTuple):
 
 
 class PointAttention(NamedTuple):
-    """What a point of an image attends to."""
+    """The attention of a point in an image."""
 
-    view: np.ndarray  # what the network sees of the image, of shape (H, W, 3), BGR
+    view: np.ndarray  # the part of the image in the input, of shape (H, W, 3), BGR
     point: tuple[int, int]  # the point in it, x and y
-    stages: list[StageAttention]  # from the first stage to the last
+    stages: list[StageAttention]
 
 
 def attend(
     inferencer: Inferencer, image: np.ndarray, x: int, y: int, block: int = -1
 ) -> PointAttention:
-    """Find what a point of an image attends to.
+    """Compute the attention of a point in an image.
 
     Args:
         inferencer (Inferencer): Of a model with a ResT or ResTV2.
         image (ndarray): Of shape (H, W, 3), BGR, uint8, of any size.
         x (int): Column of the point, in pixels of the image.
         y (int): Row of the point.
-        block (int): Which block of each stage; -1 is the last. Default: -1.
+        block (int): Index of the block in each stage; -1 is the last. Default: -1.
 
     Raises:
-        InferenceError: If the point is outside of what the network sees, the model has
-            no ResT, or a stage has no such block.
+        InferenceError: If the point is outside the network's input, the model has no
+            ResT, or a stage has no such block.
     """
     batch = inferencer.preprocess([image])
     (sample,) = batch['data_samples']
@@ -93,7 +92,7 @@ def attend(
 def _view(
     image: np.ndarray, scale: tuple[float, float], shape: Size
 ) -> tuple[np.ndarray, int, int]:
-    """Resize and crop the middle, as pipelines do; and how much was cut off."""
+    """Resize and crop the centre, as pipelines do; also return the offset."""
     width = max(shape[1], round(image.shape[1] * scale[0]))
     height = max(shape[0], round(image.shape[0] * scale[1]))
     left, top = round((width - shape[1]) / 2), round((height - shape[0]) / 2)
@@ -105,17 +104,17 @@ def _view(
 def attend_in_network(
     model: nn.Module, inputs: Tensor, x: int, y: int, block: int = -1
 ) -> list[StageAttention]:
-    """Find what a point of a network's input attends to.
+    """Compute the attention of a point in a network's input.
 
     Args:
-        model (nn.Module): Holds a ResT or ResTV2; in evaluation mode.
+        model (nn.Module): A model with a ResT or ResTV2, in evaluation mode.
         inputs (Tensor): Normalised, of shape (1, C, H, W).
         x (int): Column of the point, in pixels of the input.
         y (int): Row of the point.
-        block (int): Which block of each stage. Default: -1.
+        block (int): Index of the block in each stage. Default: -1.
 
     Returns:
-        list[StageAttention]: For each stage that is built.
+        list[StageAttention]: For each stage of the model.
 
     Raises:
         InferenceError: As :func:`attend`.
@@ -133,7 +132,7 @@ def attend_in_network(
 
 
 class _Probe:
-    """Keeps what the layers of a stage are called with and return."""
+    """Records inputs and outputs of the layers of a stage."""
 
     def __init__(self, backbone: BaseResT, index: int, block: int) -> None:
         self.index = index
@@ -186,7 +185,7 @@ class _Probe:
             scores = mix(scores[None, :, None].to(kind))[0, :, 0].to(q.dtype)
         rows = scores.softmax(dim=-1)
         gains = None
-        if hasattr(attn, 'transform_conv'):  # the norm goes with it
+        if hasattr(attn, 'transform_conv'):  # with it, there is a norm
             out = self._heads(self.seen['out'][0, query : query + 1])[:, 0]
             gains = _gains(rows, v, out)
         grid = [-(-side // attn.sr_ratio) for side in size]
@@ -209,7 +208,7 @@ class _Probe:
 
 
 def _gains(rows: Tensor, v: Tensor, out: Tensor) -> np.ndarray:
-    """The number r of each head, of which ``out = r (p v - mean(v))``."""
+    """The number r of each head in ``out = r (p v - mean(v))``."""
     plain = torch.einsum('hm,hmd->hd', rows - 1 / rows.shape[1], v)
     square = (plain * plain).sum(-1)
     gains = (out * plain).sum(-1) / square

@@ -1,4 +1,4 @@
-"""Pictures of what a point of an image attends to."""
+"""Pictures of the attention of a point in an image."""
 
 from pathlib import Path
 from typing import Union
@@ -14,7 +14,7 @@ TILE_SIDE = 320  # longer side of a tile, in pixels
 
 
 def save_attention(found: PointAttention, out_dir: Union[str, Path]) -> list[Path]:
-    """Save a picture a stage, and the numbers.
+    """Save a picture per stage, and the arrays.
 
     Args:
         found (PointAttention): From :func:`.attention.attend`.
@@ -22,7 +22,7 @@ def save_attention(found: PointAttention, out_dir: Union[str, Path]) -> list[Pat
 
     Returns:
         list[Path]: ``stage1.png`` to ``stage4.png``, and ``attention.npz`` with the
-        arrays of each stage, as ``stage1_rows``.
+        arrays of each stage, such as ``stage1_rows``.
 
     Raises:
         InferenceError: If the folder holds files.
@@ -48,9 +48,9 @@ def draw_stage(found: PointAttention, index: int) -> np.ndarray:
         index (int): The stage, counted from 0.
 
     Returns:
-        ndarray: BGR, uint8. A head's tile is red where the point pays more than its
-        mean attention, and blue where it pays less; the title has the smallest and the
-        largest entry of the map.
+        ndarray: BGR, uint8. The tile of a head is red where the attention of the point
+        is above its mean, and blue where it is below. The title shows the smallest and
+        the largest entry of the map.
     """
     stage = found.stages[index]
     tiles = []
@@ -80,7 +80,7 @@ def _range(values: np.ndarray) -> str:
 
 
 def _spread(values: np.ndarray, found: PointAttention, side: int) -> np.ndarray:
-    """Cells of ``side`` pixels each, smoothed, on the pixels of the view."""
+    """Resize a map, with ``side`` pixels per entry, to the pixels of the view."""
     size = values.shape[1] * side, values.shape[0] * side
     large = cv2.resize(values.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
     return large[: found.view.shape[0], : found.view.shape[1]]
@@ -91,7 +91,7 @@ def _to_uint8(values: np.ndarray) -> np.ndarray:
 
 
 def _colour(view: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """A grey image under red for 0 to 1 and blue for 0 to -1."""
+    """Overlay a grey image with red for 0 to 1 and blue for 0 to -1."""
     grey = cv2.cvtColor(view, cv2.COLOR_BGR2GRAY)[..., None] * 0.6 + 60.0
     share = 0.9 * np.abs(heat)[..., None]
     colour = np.where(heat[..., None] > 0, (30.0, 30.0, 230.0), (230.0, 90.0, 30.0))
@@ -99,7 +99,7 @@ def _colour(view: np.ndarray, heat: np.ndarray) -> np.ndarray:
 
 
 def _tile(found: PointAttention, picture: np.ndarray, title: str) -> np.ndarray:
-    """A picture of the common size, with the point, under a title."""
+    """Resize a picture, and add the point and a title."""
     factor = TILE_SIDE / max(picture.shape[:2])
     size = tuple(max(1, round(side * factor)) for side in picture.shape[1::-1])
     picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)

@@ -1,9 +1,8 @@
-"""The inferencers of MMDetection, MMSegmentation and MMPretrain, used alike.
+"""One interface to the inferencers of MMDetection, MMSegmentation and MMPretrain.
 
-Each toolbox has an inferencer of its own, with a way of its own to load, to name
-classes, to draw and to save. What is used of them is the model, the pipeline, the
-forward pass and the visualizer. The checkpoint is read safely, once, and must fit the
-model.
+The toolboxes' inferencers load, name classes, draw and save in different ways. Only
+their model, pipeline, forward pass and visualizer are used here. The checkpoint is read
+once, safely, and must fit the model.
 """
 
 import copy
@@ -31,24 +30,21 @@ from ..utils.config_types import TOOLBOXES, find_toolbox, find_type, type_name
 
 
 class InferenceError(LaunchError):
-    """An input, output or device with which inference cannot start."""
+    """An input, output or device that cannot be used."""
 
 
 class Inferencer(ABC):
-    """Predictions of one model.
-
-    Made by :func:`init_inferencer`.
+    """Predictions of a model; use :func:`init_inferencer` to build it.
 
     Args:
         cfg (Config): A whole config, whose test pipeline is used.
-        checkpoint (dict): What the checkpoint holds, as MMEngine writes it.
-        source (str | Path): Where it came from, for messages.
+        checkpoint (dict): The content of the checkpoint, in MMEngine's form.
+        source (str | Path): Its file or URL, for messages.
         device (str): Device of the model.
 
     Attributes:
         model (nn.Module): The model, in evaluation mode.
-        classes (Sequence[str]): Names of the classes, those of the checkpoint or else
-            those of the config.
+        classes (Sequence[str]): Class names of the checkpoint, or else of the config.
     """
 
     def __init__(
@@ -63,13 +59,13 @@ class Inferencer(ABC):
 
     @abstractmethod
     def _build(self, cfg: Config, checkpoint: dict, source: Source, device: str) -> Any:
-        """Make the toolbox's inferencer, with the checkpoint loaded."""
+        """Build the toolbox's inferencer, and load the checkpoint."""
 
     def _classes(self) -> Sequence[str]:
         return self.model.dataset_meta['classes']
 
     def preprocess(self, images: Sequence[np.ndarray]) -> dict:
-        """Put images through the test pipeline, as one batch for ``test_step``.
+        """Apply the test pipeline to images, and return a batch for ``test_step``.
 
         Args:
             images (Sequence[ndarray]): Each of shape (H, W, 3), BGR, uint8.
@@ -91,10 +87,11 @@ class Inferencer(ABC):
             images (Sequence[ndarray]): Each of shape (H, W, 3), BGR, uint8.
 
         Returns:
-            list[BaseDataElement]: A data sample of the toolbox for each, on the CPU.
+            list[BaseDataElement]: A data sample of the toolbox for each image, on the
+            CPU.
 
         Raises:
-            InferenceError: If they are anything else.
+            InferenceError: If an image has another form.
         """
         images = check_images(images)
         if not images:
@@ -110,7 +107,7 @@ class Inferencer(ABC):
         Args:
             image (ndarray): The image, of shape (H, W, 3), BGR, uint8.
             sample (BaseDataElement): Its prediction.
-            score_thr (float): Lowest score of a box that is drawn. Default: 0.3.
+            score_thr (float): Lowest score of boxes to draw. Default: 0.3.
 
         Returns:
             ndarray: BGR, uint8.
@@ -120,25 +117,25 @@ class Inferencer(ABC):
 
     @abstractmethod
     def _add(self, image: np.ndarray, sample: Any, score_thr: float) -> None:
-        """Have the visualizer draw on an image, which is RGB."""
+        """Let the visualizer draw on an image, in RGB."""
 
     @abstractmethod
     def to_dict(self, sample: Any, score_thr: float = 0.0) -> dict:
-        """Describe a prediction by what JSON knows.
+        """Convert a prediction for JSON.
 
         Args:
             sample (BaseDataElement): The prediction.
-            score_thr (float): Lowest score of a box that is listed. Default: 0.
+            score_thr (float): Lowest score of boxes to include. Default: 0.
 
         Returns:
-            dict: Of a detector ``labels``, ``classes``, ``scores``, ``bboxes`` (x1,
-            y1, x2, y2 in pixels) and ``masks`` (COCO's RLE); of a segmentor
-            ``pixels`` by class; of a classifier ``pred_class``, ``pred_label``,
+            dict: For a detector ``labels``, ``classes``, ``scores``, ``bboxes`` (x1,
+            y1, x2, y2 in pixels) and ``masks`` (COCO's RLE); for a segmentor
+            ``pixels`` by class; for a classifier ``pred_class``, ``pred_label``,
             ``pred_score`` and ``pred_scores``.
         """
 
     def label_image(self, sample: Any) -> Optional[np.ndarray]:
-        """The label of each pixel, of shape (H, W); None unless it is a segmentor."""
+        """Return a segmentor's labels of the pixels, of shape (H, W); else None."""
         return None
 
 
@@ -174,7 +171,7 @@ class _Segmentation(Inferencer):
 
         base = _checked(MMSegInferencer, checkpoint, source)(cfg, device=device)
         meta = base.model.dataset_meta
-        # mmseg would take the 19 colours of Cityscapes
+        # mmseg's default is the 19 colours of Cityscapes
         palette = meta.get('palette') or [
             [37 * n % 256, 97 * n % 256, 173 * n % 256]
             for n in range(len(meta['classes']))
@@ -184,7 +181,7 @@ class _Segmentation(Inferencer):
         return base
 
     def predict(self, images: Sequence[np.ndarray]) -> list[Any]:
-        # mmseg has images of one size in a batch
+        # mmseg's batches consist of images of one size
         size_of = operator.attrgetter('shape')
         samples: list[Any] = []
         for _, part in itertools.groupby(check_images(images), size_of):
@@ -254,20 +251,20 @@ def init_inferencer(
     device: Optional[str] = None,
     amp: Optional[str] = None,
 ) -> Inferencer:
-    """Build a model, load a checkpoint, and make both ready for images.
+    """Build a model, and load a checkpoint.
 
     Args:
         config (str | Config): A config of mmdet, mmseg or mmpretrain: a path,
-            ``package::folder/name.py``, or what it holds.
+            ``package::folder/name.py``, or a ``Config``.
         checkpoint (str | Path): A path or URL of a checkpoint of the whole model.
-        device (str, optional): As ``'cpu'`` or ``'cuda:0'``. Default: a GPU if there
-            is one.
+        device (str, optional): Such as ``'cpu'`` or ``'cuda:0'``. Default: None, a GPU
+            if there is one.
         amp (str, optional): Mixed precision: ``'bfloat16'``, ``'float16'`` or
-            ``'auto'``. Default: None, which is float32.
+            ``'auto'``. Default: None, float32.
 
     Raises:
         LaunchError: If config or device cannot be used.
-        AmpError: If the device does not compute in that precision.
+        AmpError: If the device does not support that precision.
         CheckpointError: If the checkpoint cannot be read safely or does not fit.
 
     Example:
@@ -316,10 +313,11 @@ def check_images(images: Iterable[Any]) -> list[np.ndarray]:
 
 
 def check_device(device: str, amp: Optional[str] = None) -> str:
-    """Return a device if there is one of this name.
+    """Return a device, if it exists.
 
     Raises:
-        InferenceError: If not, or if mixed precision would be that of another one.
+        InferenceError: If it does not, or is not the one for which mixed precision
+            works.
     """
     try:
         kind = torch.device(device).type
@@ -336,7 +334,7 @@ def check_device(device: str, amp: Optional[str] = None) -> str:
 
 
 def _for_inference(cfg: Config) -> Config:
-    """A copy with a test pipeline that loads images, and nothing beside them."""
+    """Copy a config, with a test pipeline that only loads images."""
     cfg = copy.deepcopy(cfg)
     loader = cfg.get('test_dataloader') or cfg.get('val_dataloader')
     if not loader or 'pipeline' not in loader.get('dataset', {}):
@@ -349,7 +347,7 @@ def _for_inference(cfg: Config) -> Config:
         name = type_name(step)
         if name.startswith('Load') and 'Annotation' in name:
             continue
-        if name == 'LoadImageFromFile':  # found by its name alone in mmseg
+        if name == 'LoadImageFromFile':  # mmseg searches for this name
             step['type'] = name
         steps.append(step)
     loader['dataset']['pipeline'] = steps
@@ -365,7 +363,7 @@ _VISUALIZERS = dict(mmdet='DetLocalVisualizer', mmseg='SegLocalVisualizer')
 
 
 def _dataset_meta(checkpoint: dict, cfg: Config, model: nn.Module) -> dict:
-    """Class names of a checkpoint, or else of its config, or else their numbers."""
+    """Class names of a checkpoint, or else of its config, or else numbers."""
     meta = checkpoint.get('meta') or {}
     if 'CLASSES' in meta:
         meta = dict(dataset_meta=dict(classes=meta['CLASSES']))
@@ -384,7 +382,7 @@ def _dataset_meta(checkpoint: dict, cfg: Config, model: nn.Module) -> dict:
 
 
 def _checked(kind: type, checkpoint: dict, source: Source) -> type:
-    """A toolbox's inferencer that loads what was read, if it fits."""
+    """Make a toolbox's inferencer load a checkpoint that was read, if it fits."""
 
     class Checked(kind):
         def _load_weights_to_model(self, model: Any, _: Any, cfg: Any) -> None:
@@ -394,7 +392,7 @@ def _checked(kind: type, checkpoint: dict, source: Source) -> type:
             super()._load_weights_to_model(model, dict(checkpoint, meta=meta), cfg)
 
         def _init_collate(self, cfg: Any) -> Any:
-            # MMEngine warns where it looks for one in vain
+            # MMEngine warns if it does not find one
             named = 'collate_fn' in cfg.test_dataloader
             return super()._init_collate(cfg) if named else pseudo_collate
 

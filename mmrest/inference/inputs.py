@@ -1,4 +1,4 @@
-"""Images of files, folders, addresses, videos and cameras, one after the other."""
+"""Images from files, folders, URLs, videos and cameras, one after the other."""
 
 import os
 import tempfile
@@ -18,38 +18,37 @@ from .inferencer import InferenceError
 
 VIDEO_SUFFIXES = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg')
 STREAMS = ('rtsp://', 'rtmp://', 'udp://')
-SECONDS = 30  # without an answer of a server
+SECONDS = 30  # timeout of a server
 
 
 class Item(NamedTuple):
-    """An image, or why there is none."""
+    """An image, or the reason why it cannot be read."""
 
-    name: str  # name of its file, or of the video and the number of the frame
-    # of shape (H, W, 3), BGR, uint8; without pixels if there is an error
-    image: np.ndarray
-    error: str = ''  # what is wrong with the file; empty if nothing is
+    name: str  # name of its file, or of the video with the number of the frame
+    image: np.ndarray  # of shape (H, W, 3), BGR, uint8; empty if there is an error
+    error: str = ''  # what is wrong with the file
 
 
 class Inputs(NamedTuple):
-    """What an input consists of."""
+    """The images of an input."""
 
-    items: Iterator[Item]  # the images, read when they are asked for
-    total: Optional[int]  # their number, if it is known before
+    items: Iterator[Item]  # read one by one
+    total: Optional[int]  # their number, if it is known
     fps: float = 0.0  # frames per second of a video or camera; 0 for images
     name: str = ''  # name of the video or camera; empty for images
 
 
 def read_inputs(source: Union[str, Path]) -> Inputs:
-    """Find out what an input is, and read it bit by bit.
+    """Open an input, and read its images one after the other.
 
     Args:
-        source (str | Path): An image, a folder of images (without its subfolders), a
-            video, the ``http(s)://`` address of an image or video, the address of a
-            stream, or the number of a camera.
+        source (str | Path): An image, a folder of images (without subfolders), a video,
+            the ``http(s)://`` URL of an image or video, the URL of a stream, or the
+            number of a camera.
 
     Raises:
-        InferenceError: If there is nothing of this name, a folder is empty, or a video
-            or camera cannot be opened. Single images that cannot be read are reported
+        InferenceError: If there is no such input, a folder is empty, or a video or
+            camera cannot be opened. Single images that cannot be read are reported
             by their items instead.
     """
     text = os.fspath(source)
@@ -87,7 +86,8 @@ def read_image(path: Union[str, Path]) -> np.ndarray:
         ndarray: Of shape (H, W, 3), BGR, uint8.
 
     Raises:
-        ImageError: If it is no image or is damaged; the text follows the file's name.
+        ImageError: If it is not an image or is damaged. The message continues the name
+            of the file.
     """
     try:
         inspect_image(str(path))

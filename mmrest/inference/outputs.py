@@ -19,10 +19,10 @@ WINDOW = 'mmrest (q ends)'
 
 
 def new_folder(path: Union[str, Path]) -> Path:
-    """Make a folder, or take an empty one.
+    """Create a folder, unless it exists and is empty.
 
     Raises:
-        InferenceError: If it holds files, or cannot be made.
+        InferenceError: If it holds files, or cannot be created.
     """
     folder = Path(path)
     try:
@@ -38,24 +38,23 @@ def new_folder(path: Union[str, Path]) -> Path:
 
 
 def write_picture(path: Path, picture: np.ndarray) -> None:
-    """Write a picture, BGR or grey, in the format of the file's ending.
+    """Write a picture, BGR or grey, in the format of the file's suffix.
 
     Raises:
-        OSError: If the disk takes no more.
+        OSError: If it cannot be written.
     """
     if not cv2.imwrite(str(path), np.ascontiguousarray(picture)):
         raise OSError(f'{path} cannot be written')
 
 
 class OutputFolder:
-    """A new folder with pictures in ``vis`` and a JSON file an image in ``preds``.
+    """A new folder with pictures in ``vis`` and a JSON file per image in ``preds``.
 
     Args:
-        path (str | Path): The folder. It is made, or must be empty: nothing is
-            overwritten.
+        path (str | Path): The folder. If it exists, it must be empty.
 
     Raises:
-        InferenceError: If it holds files, or cannot be made.
+        InferenceError: If it holds files, or cannot be created.
     """
 
     def __init__(self, path: Union[str, Path]) -> None:
@@ -68,13 +67,17 @@ class OutputFolder:
     def save(
         self, item: Item, picture: np.ndarray, result: dict, labels: Any = None
     ) -> None:
-        """Save what was found in an image.
+        """Save the prediction of an image.
 
-        The picture is the image with the prediction, BGR, the result is for JSON, and
-        the labels of the pixels are saved as PNG.
+        Args:
+            item (Item): The image.
+            picture (ndarray): The image with the prediction, BGR.
+            result (dict): The prediction for JSON.
+            labels (ndarray, optional): Labels of the pixels, saved as PNG. Default:
+                None.
 
         Raises:
-            OSError: If the disk takes no more.
+            OSError: If a file cannot be written.
         """
         name = self._free_name(item.name)
         write_picture(self.path / 'vis' / f'{name}.jpg', picture)
@@ -83,7 +86,7 @@ class OutputFolder:
     def save_frame(
         self, inputs: Inputs, item: Item, picture: np.ndarray, result: dict, labels: Any
     ) -> None:
-        """Save what was found in a frame: the picture goes into one video."""
+        """Save the prediction of a frame, with the picture in one video."""
         if self._video is None:
             path = self.path / 'vis' / f'{inputs.name}.mp4'
             size = picture.shape[1], picture.shape[0]
@@ -122,21 +125,21 @@ def infer(
     batch_size: int = 1,
     show: bool = False,
 ) -> list[Item]:
-    """Predict, draw and save everything that an input holds.
+    """Predict, draw and save all images of an input.
 
     Args:
         inferencer (Inferencer): From :func:`init_inferencer`.
         source (str | Path): See :func:`read_inputs`.
         out_dir (str | Path, optional): A new or empty folder, see
             :class:`OutputFolder`.
-        score_thr (float): Lowest score of a box that is drawn; the JSON holds all.
+        score_thr (float): Lowest score of boxes to draw; the JSON holds all boxes.
             Default: 0.3.
-        batch_size (int): Images that the model sees at once. Default: 1.
-        show (bool): Whether to show the pictures in a window, one after the other; any
-            key goes on, ``q`` ends. Default: False.
+        batch_size (int): Images per batch. Default: 1.
+        show (bool): Whether to show the pictures in a window, one after the other.
+            ``q`` quits, any other key continues. Default: False.
 
     Returns:
-        list[Item]: Those that could not be read, which are also named on standard
+        list[Item]: Images that could not be read. They are also reported on standard
         error.
 
     Raises:
@@ -163,7 +166,7 @@ def infer(
     except KeyboardInterrupt:
         if not inputs.fps:
             raise
-        print('stopped', file=sys.stderr)  # how a camera is ended
+        print('stopped', file=sys.stderr)  # the way to stop a camera
     finally:
         if folder:
             folder.close()
@@ -173,7 +176,7 @@ def infer(
 
 
 def check_window() -> None:
-    """Check that a window can be opened, without which Qt ends the process.
+    """Check that a window can be opened, since otherwise Qt ends the process.
 
     Raises:
         InferenceError: If it cannot.

@@ -1,20 +1,20 @@
-"""What can be known to be wrong before a run starts: files, classes, weights.
+"""Checks before a run: files, classes, weights.
 
 ===================  =========================================================
-``reading.py``       a config's datasets without wrappers, parts by their class
-``coco.py``          an annotation file: readable, consistent, with those classes
-``masks.py``         its masks: there, of the image's size, and readable
-``usage.py``         how much of it a run uses, and why not the rest
-``images.py``        the images that it lists: there, and decodable
-``evaluators.py``    the annotation files that metrics read
+``reading.py``       read a config: datasets without wrappers, classes of parts
+``coco.py``          annotation files: readable, consistent, with the right classes
+``masks.py``         masks: present, of the image's size, and readable
+``usage.py``         how much of the annotations a run uses
+``images.py``        images: present and decodable
+``evaluators.py``    annotation files of metrics
 ``segmentation.py``  folders, pairs and label indices of segmentation datasets
-``model.py``         class counts of the heads, and the weights to start from
-``schedule.py``      loop, sampler, schedules and hooks count in the same unit
-``work_dir.py``      the folders that the run writes into
+``model.py``         class counts of the heads, and pretrained weights
+``schedule.py``      loop, sampler, schedules and hooks: epochs or iterations
+``work_dir.py``      folders that the run writes into
 ===================  =========================================================
 
-It knows formats, not data sets. Every finding names the thing, what was found and
-what to do; all findings are reported together. What does no harm is counted.
+The checks know formats, not data sets. A finding names the subject, what was found and
+what to do. All findings are reported together. Harmless differences are counted.
 """
 
 import gc
@@ -46,28 +46,28 @@ Report = list[tuple[int, str]]
 
 
 class PreflightError(ValueError):
-    """What stands in the way of a run, one finding a paragraph."""
+    """Problems of a run, one per paragraph."""
 
 
 def check_config(cfg: Config, stage: str = 'train') -> Report:
-    """Raise if a run of ``cfg`` is bound to fail or to learn something else.
+    """Raise an error if a run of ``cfg`` would fail, or learn something unintended.
 
-    A run that is resumed (``cfg.resume``) does not read its data files again; they
-    were checked when it began.
+    A resumed run (``cfg.resume``) does not read its data files again; they were checked
+    when it began.
 
-    The config field ``preflight`` may change the check:
-    ``preflight=dict(unused_categories=True, decode=0)``, see :func:`check_data`.
+    The config field ``preflight`` may change the check, see :func:`check_data`, for
+    example ``preflight=dict(unused_categories=True, decode=0)``.
 
     Args:
         cfg (Config): A whole config, with command line options merged.
         stage (str): ``train`` (training and validation data) or ``test``.
 
     Returns:
-        list[tuple[int, str]]: What was found in order, and what of the data is not
-        used or is converted, for :func:`log_report`.
+        list[tuple[int, str]]: Levels and texts for :func:`log_report`: what was
+        checked, and which data are not used or converted.
 
     Raises:
-        PreflightError: With every finding.
+        PreflightError: With all findings.
     """
     init_default_scope(find_toolbox(cfg) or 'mmengine')
     clashes, notes = check_units(cfg) if stage == 'train' else ([], [])
@@ -86,21 +86,21 @@ def check_config(cfg: Config, stage: str = 'train') -> Report:
 
 
 def check_data(cfg: Config, stage: str = 'train', **options: Any) -> Report:
-    """Raise if the datasets of ``cfg`` are incomplete or do not fit it.
+    """Raise an error if the datasets of ``cfg`` are incomplete or do not fit it.
 
     Args:
         cfg (Config): A config; parts other than the data may be missing.
         stage (str): ``train`` (training and validation data) or ``test``.
-        unused_categories (bool): Allow annotations of categories that are not
-            among the config's classes; they are left out. Defaults to False.
+        unused_categories (bool): Whether annotations may have categories that are not
+            classes of the config; these are ignored. Default: False.
         decode (int | None): How many images of a dataset to decode, evenly
-            spread. Defaults to None: all where there are at most 500, else 100.
+            spread. Default: None, all of up to 500, else 100.
 
     Returns:
         list[tuple[int, str]]: As :func:`check_config`.
 
     Raises:
-        PreflightError: With every finding.
+        PreflightError: With all findings.
     """
     init_default_scope(find_toolbox(cfg) or 'mmengine')
     with _uncollected():
@@ -110,14 +110,14 @@ def check_data(cfg: Config, stage: str = 'train', **options: Any) -> Report:
 
 
 def log_report(report: Report) -> None:
-    """Log what a check returned; after the Runner is built, into its file too."""
+    """Log the result of a check; once the Runner is built, also to its file."""
     for level, text in report:
         print_log(text, logger='current', level=level)
 
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Keep Python from looking through millions of objects for garbage."""
+    """Disable garbage collection, which is slow with millions of objects."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -134,7 +134,7 @@ def _examine(
     decode: Optional[int] = None,
     read: bool = True,
 ) -> tuple[list[str], Report]:
-    """Findings, and the report of sound data; without ``read`` no file is opened."""
+    """Return findings, and a report; without ``read`` no file is opened."""
     model = cfg.get('model') or {}
     findings: list[str] = []
     summary: list[str] = []
@@ -142,7 +142,7 @@ def _examine(
     for split in STAGES[stage]:
         texts = list(check_class_text(cfg, split))
         findings += texts
-        if texts:  # the classes are not what was meant
+        if texts:  # the classes are wrong
             continue
         evaluators = find_evaluators(cfg, split) if split != 'train' else []
         contents = []
@@ -186,7 +186,7 @@ def _examine(
 
 
 def _find_files(dataset: CocoDataset) -> Iterator[str]:
-    """Whether the annotation file and the folder of images exist."""
+    """Check that the annotation file and the image folder exist."""
     where, path, root = dataset.where, dataset.ann_file, dataset.data_root
     if not osp.isfile(path):
         kind = 'is a folder' if osp.isdir(path) else 'does not exist'

@@ -25,30 +25,29 @@ FORMAT = (
 
 @dataclass(frozen=True)
 class CocoDataset:
-    """One COCO-format dataset as a config describes it."""
+    """A COCO-format dataset of a config."""
 
     where: str  # its place in the config, e.g. ``train_dataloader.dataset``
     ann_file: str  # path of the annotation file, ``data_root`` included
     data_root: str = ''  # as in the config
     image_folder: str = ''  # folder that the file names are relative to
     classes: tuple[str, ...] = ()  # class names that the run uses, in its order
-    things: tuple[str, ...] = ()  # those that have boxes; of a panoptic dataset a part
-    test_mode: bool = True  # whether images without annotations are used too
-    min_size: int = 0  # images with a smaller side are left out of training
-    filter_empty: bool = False  # whether images without annotations are, too
-    apply_exif_orientation: bool = True  # whether images are loaded by it
-    # whether mmcv loads them, so that they may be decoded here
-    loads_files: bool = True
+    things: tuple[str, ...] = ()  # classes with boxes; fewer in a panoptic dataset
+    test_mode: bool = True  # whether all images are used
+    min_size: int = 0  # training ignores images with a smaller side
+    filter_empty: bool = False  # whether it ignores images without annotations
+    apply_exif_orientation: bool = True
+    loads_files: bool = True  # whether mmcv loads the images
     needs_masks: bool = False  # whether the pipeline or the metric uses masks
-    polygons_only: bool = False  # whether the pipeline takes polygons alone, no RLE
+    polygons_only: bool = False  # whether the pipeline ignores RLE
     panoptic: bool = False  # whether annotations are lists of segments
     labelled: bool = True  # whether annotations are used at all
-    judged: bool = False  # whether COCO's evaluation reads the file
+    evaluated: bool = False  # whether COCO's evaluation reads the file
 
 
 @dataclass
 class Content:
-    """An annotation file of the right format; N annotations as columns."""
+    """The content of an annotation file, with N annotations as columns."""
 
     images: list[dict]  # as in the file
     categories: list[dict]  # as in the file
@@ -59,11 +58,11 @@ class Content:
     category: np.ndarray  # (N,) index of the category, likewise
     of_classes: np.ndarray  # (N,) bool, whether it is one of the dataset's classes
     box: np.ndarray  # (N, 4) x, y, width and height in pixels
-    area: np.ndarray  # (N,) in square pixels; the box's where the file has none
+    area: np.ndarray  # (N,) in square pixels; of the box if the file has none
     crowd: np.ndarray  # (N,) bool, ``iscrowd``
     ignore: np.ndarray  # (N,) bool
     masks: list  # N masks, see masks.read_mask
-    lacks: dict[str, int]  # how many annotations lack a field that is needed
+    missing_fields: dict[str, int]  # number of annotations without a required field
 
 
 class FormatError(ValueError):
@@ -71,7 +70,7 @@ class FormatError(ValueError):
 
 
 def find_coco_datasets(cfg: Any, split: str) -> list[CocoDataset]:
-    """List the datasets of a split whose files are in COCO format, and at hand."""
+    """List the datasets of a split whose files are local and in COCO format."""
     return [
         _describe(where, leaf)
         for where, leaf in find_datasets(cfg, split)
@@ -80,7 +79,7 @@ def find_coco_datasets(cfg: Any, split: str) -> list[CocoDataset]:
 
 
 def _reads_coco(leaf: dict) -> bool:
-    """Whether a dataset class reads its file as mmdet's, of instances or panoptic."""
+    """Whether a dataset class reads its file like mmdet, for instances or panoptic."""
     kinds = bases(leaf, DATASETS)
     coco: Any = kinds.get('CocoDataset')
     panoptic: Any = kinds.get('CocoPanopticDataset', coco)
@@ -121,11 +120,11 @@ def _describe(where: str, leaf: dict) -> CocoDataset:
 def check_annotations(
     dataset: CocoDataset, unused_categories: bool = False
 ) -> tuple[Optional[Content], list[str]]:
-    """Look for what makes a dataset fail or lose annotations.
+    """Find problems that make a dataset fail or lose annotations.
 
-    ``unused_categories`` are those other than the dataset's classes: whether they may
-    have annotations. The content is None if the file cannot be used at all; beside it
-    are the findings.
+    ``unused_categories`` allows annotations with categories that are not classes of the
+    dataset. Returns the content, or None if the file cannot be used at all, and
+    findings.
     """
     path = dataset.ann_file
     try:
@@ -152,7 +151,7 @@ def check_annotations(
 
 
 def _parse(content: Any, dataset: CocoDataset) -> Content:
-    """Turn a JSON object into columns, or raise a ``FormatError``."""
+    """Convert a JSON object to columns, or raise a ``FormatError``."""
     if not isinstance(content, dict):
         raise FormatError(f'it holds a {type(content).__name__}.{FORMAT}')
     images = _objects(content, 'images', ('id', 'file_name', 'width', 'height'))
@@ -190,8 +189,8 @@ def _parse(content: Any, dataset: CocoDataset) -> Content:
     category = _places(category_ids, categories)
     known = [item['name'] in dataset.classes for item in categories]
     needed = [] if dataset.panoptic else ['area']  # by mmdet's loader
-    needed += ['iscrowd'] if dataset.judged else []
-    lacks = {name: sum(name not in item for item in items) for name in needed}
+    needed += ['iscrowd'] if dataset.evaluated else []
+    missing = {name: sum(name not in item for item in items) for name in needed}
     without_area = np.array(['area' not in item for item in items], bool)
     return Content(
         images=images,
@@ -207,12 +206,12 @@ def _parse(content: Any, dataset: CocoDataset) -> Content:
         crowd=np.array(crowds, bool),
         ignore=np.array([bool(item.get('ignore')) for item in items], bool),
         masks=[read_mask(item) for item in items],
-        lacks={name: count for name, count in lacks.items() if count},
+        missing_fields={name: count for name, count in missing.items() if count},
     )
 
 
 def _segments(content: dict) -> Iterator[dict]:
-    """The segments of a panoptic file as annotations of their images."""
+    """Yield the segments of a panoptic file as annotations of their images."""
     fields = ('image_id', 'file_name', 'segments_info')
     for index, item in enumerate(_objects(content, 'annotations', fields)):
         segments = item['segments_info']
@@ -227,7 +226,7 @@ def _segments(content: dict) -> Iterator[dict]:
 
 
 def _objects(content: dict, part: str, fields: tuple[str, ...]) -> list[dict]:
-    """A list of a file, whose objects have these fields."""
+    """Return a list of objects, after checking that they have certain fields."""
     items, wanted = content.get(part), set(fields)
     if not isinstance(items, list):
         raise FormatError(f'it has no list "{part}".{FORMAT}')
@@ -248,7 +247,7 @@ def _objects(content: dict, part: str, fields: tuple[str, ...]) -> list[dict]:
 
 
 def _numbers(rows: list, length: int) -> np.ndarray:
-    """Make an array of (N, length); a row with anything but finite numbers is NaN."""
+    """Make an array (N, length), with NaN for rows that are not finite numbers."""
     nothing, numbers = [math.nan] * length, {int, float, bool}
     sound = (
         type(row) is list and len(row) == length and numbers.issuperset(map(type, row))
@@ -260,7 +259,7 @@ def _numbers(rows: list, length: int) -> np.ndarray:
 
 
 def _places(keys: list, items: list[dict]) -> np.ndarray:
-    """Where the items with these ids are; -1 for an id that none has."""
+    """Return the indices of items by their ids; -1 for an unknown id."""
     places = {item['id']: row for row, item in enumerate(items)}
     return np.array([places.get(key, -1) for key in keys], int)
 
@@ -269,7 +268,7 @@ def _check_ids(dataset: CocoDataset, content: Content) -> Iterator[str]:
     parts = dict(
         images=[item['id'] for item in content.images],
         categories=[item['id'] for item in content.categories],
-        # ids of segments are colours of an image
+        # ids of segments are colours
         annotations=[] if dataset.panoptic else content.ids,
     )
     for part, ids in parts.items():
@@ -295,7 +294,7 @@ def _check_ids(dataset: CocoDataset, content: Content) -> Iterator[str]:
             'categories.'
         )
     if not fields_are_filled():
-        for field, count in content.lacks.items():
+        for field, count in content.missing_fields.items():
             yield (
                 f'has {count} annotations without {field}, which is needed. Add it, or '
                 'call mmrest.datasets.fill_coco_fields() before the run, as '
@@ -306,9 +305,9 @@ def _check_ids(dataset: CocoDataset, content: Content) -> Iterator[str]:
 def _check_classes(
     dataset: CocoDataset, content: Content, unused_categories: bool
 ) -> Iterator[str]:
-    """Say the first thing that is wrong with the names of the categories."""
+    """Report the first problem with the names of the categories."""
     names = [item['name'] for item in content.categories]
-    if not dataset.classes:  # the class of the dataset reads them from elsewhere
+    if not dataset.classes:  # the dataset class reads them from elsewhere
         return
     field = f'{dataset.where}.metainfo.classes'
     advice = (

@@ -1,4 +1,4 @@
-"""COCO's evaluation: it reads an annotation file of its own."""
+"""Check annotation files that metrics read, as COCO's evaluation does."""
 
 import os.path as osp
 from collections.abc import Iterator
@@ -18,13 +18,13 @@ class Evaluator:
     """A metric that reads an annotation file."""
 
     where: str  # its place in the config, e.g. ``val_evaluator.1``
-    ann_file: str  # path of the file; empty if it takes the dataset's objects
+    ann_file: str  # path of the file; empty if it uses the dataset's annotations
     coco: bool  # whether it is COCO's evaluation of instances
-    masks: bool  # whether it compares masks
+    masks: bool  # whether it evaluates masks
 
 
 def find_evaluators(cfg: Any, split: str) -> list[Evaluator]:
-    """List the metrics of a split that read an annotation file from the file system."""
+    """List the metrics of a split that read a local annotation file."""
     found = []
     where = f'{split}_evaluator'
     for place, metric in walk(cfg.get(where), where):
@@ -46,7 +46,7 @@ def find_evaluators(cfg: Any, split: str) -> list[Evaluator]:
 
 
 def with_evaluation(dataset: CocoDataset, evaluators: list[Evaluator]) -> CocoDataset:
-    """Add to a dataset what the metrics need that read its annotation file."""
+    """Add to a dataset the needs of metrics that read its annotation file."""
     own = [
         evaluator
         for evaluator in evaluators
@@ -56,19 +56,19 @@ def with_evaluation(dataset: CocoDataset, evaluators: list[Evaluator]) -> CocoDa
     return replace(
         dataset,
         needs_masks=dataset.needs_masks or any(evaluator.masks for evaluator in own),
-        judged=any(evaluator.ann_file for evaluator in own),
+        evaluated=any(evaluator.ann_file for evaluator in own),
     )
 
 
 def check_evaluators(
     evaluators: list[Evaluator], read: list[tuple[CocoDataset, Optional[Content]]]
 ) -> Iterator[str]:
-    """Check that metrics judge by the annotations of the images they are given."""
+    """Check that metrics use the annotations of the images they evaluate."""
     files = [dataset.ann_file for dataset, _ in read]
     images = [item for _, given in read if given for item in given.images]
     for evaluator in evaluators:
         path, where = evaluator.ann_file, f'{evaluator.where}.ann_file'
-        # an absent file of a dataset is reported already
+        # a missing file of a dataset was already reported
         if not path or any(_is_same(path, file) for file in files):
             continue
         if not osp.isfile(path):
@@ -83,7 +83,7 @@ def check_evaluators(
                 ann_file=path,
                 classes=read[0][0].things,
                 needs_masks=evaluator.masks,
-                judged=True,
+                evaluated=True,
             )
             content, found = check_annotations(own, unused_categories=True)
             yield from found

@@ -1,4 +1,4 @@
-"""The images that an annotation file lists: there, and decodable."""
+"""Check images of an annotation file: present and decodable."""
 
 import os
 import os.path as osp
@@ -16,15 +16,15 @@ from .reading import find_steps
 if TYPE_CHECKING:
     from .coco import CocoDataset
 
-# Decoding all of a large set takes minutes; the loader names a file that fails.
+# Decoding all images of a large set would take minutes
 ALL_UP_TO = 500
 SAMPLE = 100
 
 EXIF_ORIENTATION, SWAPS_SIDES = 0x0112, (5, 6, 7, 8)
 WIDTH_TAG, HEIGHT_TAG = 0x0100, 0x0101
-# What OpenCV, the loader, decodes whenever Pillow does.
+# Formats that OpenCV, the loader, can decode whenever Pillow can
 SHARED = ('JPEG', 'MPO', 'PNG', 'BMP', 'PPM', 'WEBP')
-# What Pillow calls an image that is no plain RGB, and what is loaded of it.
+# Pillow's modes other than plain RGB, and how such images are loaded
 MODES = {
     '1': 'of black and white',
     'L': 'grey',
@@ -38,21 +38,21 @@ DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class ImageError(ValueError):
-    """An image that cannot be used; the text follows its name."""
+    """An image that cannot be used; the message continues its name."""
 
 
 class ImageFacts(NamedTuple):
-    """What a whole image file becomes when it is loaded."""
+    """Facts about a valid image file when it is loaded."""
 
     size: tuple[int, int]  # width and height in pixels, as loaded
-    kind: Optional[str]  # what it is, if it is no plain RGB
-    note: str = ''  # how its EXIF orientation decides about the size; mostly empty
+    kind: Optional[str]  # the kind of image, if not plain RGB
+    note: str = ''  # how its EXIF orientation affects the size
     # whether the loader applies its EXIF orientation; None if it has none
     applied: Optional[bool] = None
 
 
 def applies_exif_orientation(dataset: dict) -> bool:
-    """Whether the pipeline of a dataset loads images by their EXIF orientation."""
+    """Whether the pipeline of a dataset applies the EXIF orientation of images."""
     return all(
         step.get('color_type', 'color') in ('color', 'grayscale')
         and step.get('imdecode_backend', 'cv2') in ('cv2', 'pillow')
@@ -61,10 +61,10 @@ def applies_exif_orientation(dataset: dict) -> bool:
 
 
 def inspect_image(path: str, apply_exif_orientation: bool = True) -> ImageFacts:
-    """Decode an image file, whose EXIF orientation the pipeline wants applied or not.
+    """Decode an image file, with or without applying its EXIF orientation.
 
     Raises:
-        ImageError: If it is no image, is damaged, or OpenCV cannot read it.
+        ImageError: If it is not an image, is damaged, or OpenCV cannot read it.
     """
     try:
         with warnings.catch_warnings():
@@ -73,10 +73,10 @@ def inspect_image(path: str, apply_exif_orientation: bool = True) -> ImageFacts:
                 size, kind = image.size, MODES.get(image.mode.partition(';')[0])
                 form = image.format
                 orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-                if form == 'TIFF':  # to which Pillow applies it by itself
+                if form == 'TIFF':  # Pillow applies the orientation itself
                     tags: Any = image.tag_v2  # type: ignore[attr-defined]
                     size = tags[WIDTH_TAG], tags[HEIGHT_TAG]
-                # A JPEG is read to its end at an eighth of the size, much faster.
+                # a JPEG is read to its end, but faster at an eighth of the size
                 image.draft('RGB', (size[0] // 8, size[1] // 8))
                 image.load()
     except UnidentifiedImageError:
@@ -94,7 +94,7 @@ def inspect_image(path: str, apply_exif_orientation: bool = True) -> ImageFacts:
         return ImageFacts(size, kind)
     applied, note = apply_exif_orientation, ''
     if orientation in SWAPS_SIDES:
-        if applied:  # the version of OpenCV decides for which formats
+        if applied:  # the formats depend on the version of OpenCV
             pixels = _read_opencv(path)
             applied = pixels is None or pixels.shape[1::-1] != size
         note = ' (the loader does not apply its EXIF orientation)'
@@ -107,11 +107,11 @@ def inspect_image(path: str, apply_exif_orientation: bool = True) -> ImageFacts:
 def check_images(
     dataset: 'CocoDataset', images: list[dict], decode: Optional[int] = None
 ) -> tuple[list[str], list[str]]:
-    """Check that images, as the annotation file lists them, exist, and decode some.
+    """Check that the images of an annotation file exist, and decode some of them.
 
     Returns:
-        tuple[list[str], list[str]]: Findings, and one clause a kind of image that
-        is converted when it is loaded, as ``'2 of 90 decoded images are grey'``.
+        tuple[list[str], list[str]]: Findings, and a clause for each kind of image that
+        is converted when it is loaded, such as ``'2 of 90 decoded images are grey'``.
     """
     folder = dataset.image_folder
     names = [item['file_name'] for item in images]
@@ -169,9 +169,9 @@ def check_images(
 
 
 def spread(items: list, count: Optional[int]) -> list:
-    """Choose ``count`` items to decode, evenly spread.
+    """Choose ``count`` items, evenly spread.
 
-    None stands for all where there are at most 500, else for 100.
+    None means all of up to 500 items, else 100.
     """
     if count is None:
         count = len(items) if len(items) <= ALL_UP_TO else SAMPLE
@@ -180,9 +180,9 @@ def spread(items: list, count: Optional[int]) -> list:
 
 
 def file_sizes(paths: list[str]) -> list[Optional[int]]:
-    """Sizes of files in bytes; None for one that is not there.
+    """Return the sizes of files in bytes; None for a missing file.
 
-    It lists each folder once: asking for every file is slow on network disks.
+    Each folder is listed once, since asking for each file is slow on network disks.
     """
     listings: dict[str, dict[str, Optional[int]]] = {}
     sizes = []
@@ -200,12 +200,12 @@ def file_sizes(paths: list[str]) -> list[Optional[int]]:
 def _size(entry: os.DirEntry) -> Optional[int]:
     try:
         return entry.stat().st_size
-    except OSError:  # a link to nowhere
+    except OSError:  # a dangling link
         return None
 
 
 def _read_opencv(path: str) -> Any:
-    """Pixels of (height, width, 3), or None."""
+    """Pixels of shape (height, width, 3), or None."""
     try:
         return mmcv.imread(path)
     except cv2.error:  # an empty file

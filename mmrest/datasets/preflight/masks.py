@@ -1,7 +1,7 @@
-"""Masks of annotation files: there, of the image's size, and readable.
+"""Check masks of annotation files: present, of the image's size, and readable.
 
-``pycocotools`` checks little: from run lengths that end too early it returns memory
-that nobody wrote, and at a coordinate that is not a number it never returns.
+``pycocotools`` checks little. For run lengths that end too early it returns
+uninitialised memory, and with a coordinate that is not a number it never returns.
 """
 
 import functools
@@ -17,11 +17,11 @@ from ..coco_fields import run_lengths
 if TYPE_CHECKING:
     from .coco import CocoDataset, Content
 
-# In pixels; the time to fill a polygon grows with the length of its outline.
+# In pixels; the time to fill a polygon grows with the length of its outline
 FAR = 1_000_000
 
 # Polygons are four fifths of a file. As Python's numbers they would take most of the
-# time and of the memory, so that plain ones are cut down to their lengths before.
+# time and memory, so plain ones are replaced by their lengths before parsing.
 _PART = rb'\[[-+.,\d\s]*\]'
 _POLYGONS = re.compile(
     rb'"segmentation"\s*:\s*(\[\s*%b\s*(?:,\s*%b\s*)*\])' % (_PART, _PART)
@@ -31,7 +31,7 @@ _ZEROS = bytes.maketrans(b'123456789', b'000000000')
 
 
 class Polygons(NamedTuple):
-    """What is to know of a list of polygons, in place of its coordinates."""
+    """Facts about a list of polygons, in place of its coordinates."""
 
     first: int  # how many numbers the first polygon has
     usable: bool  # whether a polygon has three points or more
@@ -45,16 +45,16 @@ def _summarise(lengths: tuple[int, ...], fault: Optional[str] = None) -> Polygon
 
 
 def shorten_polygons(content: bytes) -> bytes:
-    """Put the lengths of polygons in the place of their numbers, in a JSON text.
+    """Replace the numbers of polygons in a JSON text by the lengths of the polygons.
 
-    Polygons that hold anything but plain numbers below a million are left.
+    Polygons with anything but plain numbers below a million are kept.
     """
     return _POLYGONS.sub(_shorten, content)
 
 
 def _shorten(match: 're.Match[bytes]') -> bytes:
     text = match[1].translate(_ZEROS)
-    if b'0' * 7 in text:  # far off, or of many decimals
+    if b'0' * 7 in text:  # large, or with many decimals
         return match[0]
     lengths = [
         part.count(b',', part.rfind(b'[')) + (b'0' in part)
@@ -67,8 +67,8 @@ def read_mask(item: dict) -> Any:
     """Read the ``segmentation`` of an annotation: polygons, RLE, or nothing.
 
     Returns:
-        Polygons | dict | None: RLE as it is, compressed (text) or not (a list of run
-        lengths), and None if there is no mask.
+        Polygons | dict | None: RLE unchanged, compressed (a string) or not (a list of
+        run lengths), and None if there is no mask.
     """
     if _LENGTHS in item:
         return _summarise(tuple(item[_LENGTHS]))
@@ -87,9 +87,9 @@ def read_mask(item: dict) -> Any:
 
 
 def check_masks(dataset: 'CocoDataset', content: 'Content') -> Iterator[str]:
-    """Look for masks that fail, or that mean something else than they say."""
+    """Find masks that would fail or be misread."""
     read = content.of_classes & (content.image >= 0)
-    if not dataset.test_mode:  # in a test the metric reads what mmdet leaves out
+    if not dataset.test_mode:  # in a test, the metric also reads what mmdet ignores
         read = (content.image >= 0) & ~content.ignore & (content.area > 0)
         read &= content.box[:, 2:].min(1) >= 1
     lost, short, faults, coded = [], [], [], []
@@ -131,7 +131,7 @@ def check_masks(dataset: 'CocoDataset', content: 'Content') -> Iterator[str]:
 
 
 def mask_fault(mask: Any, image: dict) -> Optional[str]:
-    """Say in a few words what is wrong with what :func:`read_mask` gave, or None."""
+    """Describe briefly what is wrong with a result of :func:`read_mask`, or None."""
     if not mask:
         return None
     if isinstance(mask, Polygons):

@@ -1,4 +1,4 @@
-"""Class counts of the heads, and the weights that a run starts from."""
+"""Check class counts of the heads, and the weights from which a run starts."""
 
 import os.path as osp
 from collections.abc import Iterator
@@ -15,24 +15,24 @@ from .coco import CocoDataset
 from .reading import bases, walk
 from .segmentation import SegDataset
 
-# Heads that learn something else than the classes of the dataset: pixels of another
-# label set beside the boxes, and boundaries.
+# Heads that do not learn the classes of the dataset, but pixels of another label set or
+# boundaries
 OTHER_HEADS = {'FusedSemanticHead', 'SCNetSemanticHead', 'STDCHead'}
 
 
 def check_class_counts(
     model: Any, dataset: Union[CocoDataset, SegDataset]
 ) -> Iterator[str]:
-    """Compare every head's ``num_classes`` with the classes of a dataset."""
+    """Compare ``num_classes`` of all heads with the classes of a dataset."""
     classes, things = len(dataset.classes), len(dataset.things)
-    if not classes or model.get('language_model'):  # which matches words
+    if not classes or model.get('language_model'):  # its classes are words
         return
     wrong, right = [], []
     for where, part in walk(model, 'model'):
         if (
-            'rpn' in where  # which tells objects from background alone
+            'rpn' in where  # without classes
             or part.get('class_agnostic')
-            or part.get('contrastive_cfg')  # whose classes are words of a text
+            or part.get('contrastive_cfg')  # its classes are words
             or OTHER_HEADS & {type_name(part), *bases(part, MODELS)}
         ):
             continue
@@ -53,7 +53,7 @@ def check_class_counts(
 
 
 def check_weights(cfg: Any, stage: str) -> Iterator[str]:
-    """Check that the files to start from exist, and that nothing random is frozen."""
+    """Check that pretrained weights exist, and that no random ones are frozen."""
     start = cfg.get('load_from')
     if start and not _is_there(start):
         yield (
@@ -91,16 +91,16 @@ def check_weights(cfg: Any, stage: str) -> Iterator[str]:
 
 
 def _check_level(model: dict, path: str) -> Iterator[str]:
-    """Find weights of the backbone that are named as those of the whole model."""
+    """Find weights of the backbone that are used for the whole model."""
     parts = [
         key for key, part in model.items() if part and isinstance(part, (dict, list))
     ]
     if '://' in path or 'ImageClassifier' in bases(model, MODELS):
-        return  # an ImageClassifier takes the published form
+        return  # an ImageClassifier accepts the published form
     try:
         names = list(find_state_dict(read_checkpoint(path), path).tensors)
     except CheckpointError:
-        return  # the loader says what is wrong with the file
+        return  # the loader reports the problem
     starts = {name.removeprefix('module.').partition('.')[0] for name in names}
     if not starts & set(parts):
         yield (

@@ -1,4 +1,4 @@
-"""How a config is read: its datasets without wrappers, its parts by their class."""
+"""Read a config: datasets without wrappers, and the classes of parts."""
 
 import os.path as osp
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from ...utils.config_types import find_type, type_name
 
 
 def walk(part: Any, where: str) -> Iterator[tuple[str, dict]]:
-    """Yield every dict within a config, with its place (``model.neck.0``)."""
+    """Yield all dicts within a config, with their places (``model.neck.0``)."""
     if isinstance(part, dict):
         yield where, part
         for key, value in part.items():
@@ -23,18 +23,18 @@ def walk(part: Any, where: str) -> Iterator[tuple[str, dict]]:
 
 
 def bases(cfg: dict, registry: Registry) -> dict[str, type]:
-    """The class that a config builds, and its bases, by name; empty if unknown."""
+    """Return the class of a config and its base classes, by name; empty if unknown."""
     kind = find_type(cfg, registry)
     return {base.__name__: base for base in getattr(kind, '__mro__', ())}
 
 
 def options_of(cfg: dict) -> dict:
-    """The arguments that a config gives to its class."""
+    """Return the arguments for the class of a config."""
     return {key: v for key, v in cfg.items() if key not in ('type', '_scope_')}
 
 
 def find_datasets(cfg: Any, split: str) -> Iterator[tuple[str, dict]]:
-    """Yield the datasets of a split, out of ``RepeatDataset`` and other wrappers."""
+    """Yield the datasets of a split, without ``RepeatDataset`` and other wrappers."""
     name = f'{split}_dataloader'
     yield from _leaves((cfg.get(name) or {}).get('dataset') or {}, f'{name}.dataset')
 
@@ -50,7 +50,7 @@ def _leaves(dataset: dict, where: str) -> Iterator[tuple[str, dict]]:
 
 
 def find_steps(dataset: dict, name: str) -> list[dict]:
-    """List the steps of a pipeline, nested ones too, that are of a class."""
+    """List the steps of a pipeline with a class, also nested ones."""
     return [
         step
         for _, step in walk(dataset.get('pipeline') or (), '')
@@ -59,22 +59,22 @@ def find_steps(dataset: dict, name: str) -> list[dict]:
 
 
 def is_remote(dataset: dict) -> bool:
-    """Whether a dataset's files are on another storage than the file system."""
+    """Whether the files of a dataset are not in the file system."""
     paths = [dataset.get('data_root'), dataset.get('ann_file')]
     return bool(dataset.get('backend_args')) or any('://' in str(p) for p in paths)
 
 
 def join(root: Optional[str], path: Optional[str]) -> str:
-    """Join as MMEngine's datasets do: an absolute path or an address stays."""
+    """Join paths like MMEngine's datasets, which keep absolute paths and URLs."""
     path = path or ''
     return path if is_abs(path) else osp.join(root or '', path)
 
 
 def find_classes(dataset: dict, key: str = 'classes') -> tuple[str, ...]:
-    """The classes that a config names, or else its class does.
+    """Return the classes of a config, or else of its dataset class.
 
-    They are empty if they are not known before the dataset is built. ``key`` is the
-    list of ``metainfo`` to read.
+    They are empty if they are only known when the dataset is built. ``key`` is the list
+    of ``metainfo`` to read.
     """
     kind = find_type(dataset, DATASETS)
     meta = {**getattr(kind, 'METAINFO', {}), **(dataset.get('metainfo') or {})}
@@ -85,10 +85,10 @@ def find_classes(dataset: dict, key: str = 'classes') -> tuple[str, ...]:
 
 
 def check_class_text(cfg: Any, split: str) -> Iterator[str]:
-    """Refuse ``classes=('fig')``, a text whose letters would become the classes.
+    """Find ``classes=('fig')``, a string whose letters would become the classes.
 
-    MMEngine takes a text for the path of a file with a class a line and, if there is
-    no such file, keeps it with a warning.
+    MMEngine treats a string as the path of a file with one class per line, and keeps it
+    with a warning if there is no such file.
     """
     for where, dataset in find_datasets(cfg, split):
         metainfo = dataset.get('metainfo') or {}

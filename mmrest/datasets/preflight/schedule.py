@@ -1,4 +1,4 @@
-"""Loops, samplers, schedules and hooks: do they count in the same unit?"""
+"""Check that loop, sampler, schedules and hooks all count epochs or iterations."""
 
 import inspect
 import itertools
@@ -11,12 +11,12 @@ from ...utils.config_types import find_type, type_name
 from .reading import bases, options_of, walk
 
 ENDLESS = {'InfiniteSampler', 'MultiSourceSampler'}
-# Options of a data loader that are about its worker processes.
+# Options of a data loader that need worker processes
 OF_WORKERS = ('persistent_workers', 'prefetch_factor', 'multiprocessing_context')
 
 
 def check_loaders(cfg: Any, splits: tuple[str, ...]) -> Iterator[str]:
-    """Check the options of data loaders, and that a validation comes to an end."""
+    """Check the options of data loaders, and that a validation ends."""
     for split in splits:
         where = f'{split}_dataloader'
         loader = cfg.get(where) or {}
@@ -37,10 +37,9 @@ def check_loaders(cfg: Any, splits: tuple[str, ...]) -> Iterator[str]:
 
 
 def check_units(cfg: Any) -> tuple[list[str], list[str]]:
-    """Compare the unit of the training loop, epochs or iterations, with the others.
+    """Compare the unit of the training loop, epochs or iterations, with other parts.
 
-    Returns findings, each of which names both fields, and notes about a mixture that
-    works.
+    Returns findings, which name both fields, and notes about mixtures that work.
     """
     loop = cfg.get('train_cfg') or {}
     kinds = bases(loop, LOOPS)
@@ -91,7 +90,7 @@ def _check_by_epoch(cfg: Any) -> tuple[list[str], list[str]]:
 
 
 def _check_by_iteration(cfg: Any) -> tuple[list[str], list[str]]:
-    """What counts epochs never acts in a loop of one epoch, the whole run."""
+    """Find parts that count epochs, of which the whole run is one."""
     found = []
     for where, part in walk(cfg.get('param_scheduler'), 'param_scheduler'):
         if (
@@ -138,7 +137,7 @@ def _find_hooks(cfg: Any) -> list[tuple[str, dict]]:
 
 
 def _find_argument(kind: Any, name: str) -> Optional[inspect.Parameter]:
-    """The argument of a class, or of the first base that has it."""
+    """The argument of a class, or of the first base class that has it."""
     for base in getattr(kind, '__mro__', ()):
         arguments = inspect.signature(base.__init__).parameters
         if name in arguments:
@@ -147,7 +146,7 @@ def _find_argument(kind: Any, name: str) -> Optional[inspect.Parameter]:
 
 
 def _is_endless(loader: dict) -> bool:
-    """Whether a sampler gives more indices than there are."""
+    """Whether a sampler yields more indices than there are."""
     sampler = loader.get('sampler')
     if not isinstance(sampler, dict):
         return False
@@ -159,10 +158,10 @@ def _is_endless(loader: dict) -> bool:
     kind: Any = find_type(sampler, DATA_SAMPLERS)
     options = options_of(sampler)
     if _find_argument(kind, 'seed'):
-        options.setdefault('seed', 0)  # draw none from the global generator
+        options.setdefault('seed', 0)  # else it is drawn from the global generator
     try:
         built = kind(range(4), **options)
         limit = 100 * (len(built) + 4)
         return sum(1 for _ in itertools.islice(built, limit)) == limit
-    except Exception:  # one that asks its dataset for more than a length
+    except Exception:  # it needs more of its dataset than the length
         return False

@@ -1,4 +1,4 @@
-"""Segmentation datasets: folders, pairs of image and label image, label indices."""
+"""Check segmentation datasets: folders, pairs of image and labels, label indices."""
 
 import os.path as osp
 from collections.abc import Iterator
@@ -30,26 +30,26 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class SegDataset:
-    """One dataset of mmseg as a config describes it."""
+    """A dataset of mmseg in a config."""
 
     where: str  # its place in the config, e.g. ``train_dataloader.dataset``
     classes: tuple[str, ...]  # class names, in the order of the labels
-    # built without its list of images and its pipeline; None if it cannot be built
+    # built without list of images and pipeline; None if it cannot be built
     source: Any
     fault: str  # why it cannot be built
-    ignored: int  # the label that the heads leave out
+    ignored: int  # the label that the heads ignore
 
     @property
     def things(self) -> tuple[str, ...]:
-        """As of a :class:`.coco.CocoDataset`."""
+        """As in :class:`.coco.CocoDataset`."""
         return self.classes
 
 
 def find_seg_datasets(cfg: Any, split: str) -> list[SegDataset]:
     """List the segmentation datasets of a split.
 
-    Datasets on other storage than the file system, and those whose pipeline loads
-    no labels, or images by other means than mmcv's, are passed over.
+    Datasets that are not in the file system, or whose pipeline does not load labels, or
+    loads images by other steps than mmcv's, are left out.
     """
     return [
         _describe(where, leaf, ignored_label(cfg))
@@ -85,7 +85,7 @@ def _describe(where: str, leaf: dict, ignored: int) -> SegDataset:
 
 
 def ignored_label(cfg: Any) -> int:
-    """The ``ignore_index`` of the (last) decode head."""
+    """Return ``ignore_index`` of the (last) decode head."""
     head = (cfg.get('model') or {}).get('decode_head') or {}
     head = head[-1] if isinstance(head, (list, tuple)) else head
     return head.get('ignore_index', 255)
@@ -94,10 +94,10 @@ def ignored_label(cfg: Any) -> int:
 def check_seg_dataset(
     dataset: SegDataset, decode: Optional[int] = None
 ) -> tuple[int, list[str]]:
-    """Look for what makes a dataset fail, or label pixels wrongly.
+    """Find problems that make a dataset fail, or mislabel pixels.
 
-    The number of images and findings are returned; see :func:`.images.spread` for
-    ``decode``.
+    Returns the number of images, and findings. For ``decode`` see
+    :func:`.images.spread`.
     """
     pairs: list[Pair] = []
     found = [dataset.fault] if dataset.fault else []
@@ -118,7 +118,7 @@ def check_seg_dataset(
 
 
 def check_ignored(cfg: Any, split: str) -> Iterator[str]:
-    """Check that padding and metric leave out the label that the heads leave out."""
+    """Check that padding and metric ignore the same label as the heads."""
     ignored = ignored_label(cfg)
     part = (cfg.get('model') or {}).get('data_preprocessor') or {}
     padded = part.get('seg_pad_val', 255)
@@ -136,13 +136,13 @@ def check_ignored(cfg: Any, split: str) -> Iterator[str]:
         if type_name(metric) == 'IoUMetric' and left_out != ignored:
             yield (
                 f'{place}: IoUMetric leaves out the label {left_out}, but the heads '
-                f'leave out {ignored}, so predictions would be judged where there is '
-                f'no class. Set {place}.ignore_index={ignored}.'
+                f'leave out {ignored}, so pixels without a class would be evaluated. '
+                f'Set {place}.ignore_index={ignored}.'
             )
 
 
 def _list_pairs(dataset: SegDataset) -> tuple[list[Pair], list[str]]:
-    """All (image, label image), or why there are none."""
+    """Return all pairs (image, label image), and why there are none."""
     source = dataset.source
     try:
         listed = source.load_data_list()
@@ -174,7 +174,7 @@ def _check_lost(
 
 
 def _check_unused(dataset: SegDataset, pairs: list[Pair]) -> Iterator[str]:
-    """Label images that no image belongs to, where the folders are the list."""
+    """Find label images without an image, if the folders define the dataset."""
     source = dataset.source
     if source.ann_file:
         return
@@ -229,14 +229,14 @@ def _check_sample(dataset: SegDataset, sample: list[Pair]) -> Iterator[str]:
 
 
 def _as_trained(source: Any, value: int) -> int:
-    """The label that a value of a file becomes."""
+    """The training label of a value in a file."""
     if source.reduce_zero_label:
         value = 255 if value in (0, 255) else value - 1
     return (source.label_map or {}).get(value, value)
 
 
 def _read_labels(image: str, label: str) -> set[int]:
-    """The values of a label image that fits its image."""
+    """Return the values of a label image, after checking that it fits its image."""
     try:
         with Image.open(label) as opened:
             values = np.array(opened).squeeze()

@@ -1,7 +1,7 @@
-"""What a run will do with each annotation and image: used, skipped or left out.
+"""Report how a run uses each annotation and image: used, skipped or ignored.
 
-MMDetection's ``CocoDataset`` leaves out silently what it cannot use. The rules here
-are its own, in its order, so that the numbers can be said before the run.
+MMDetection's ``CocoDataset`` silently skips what it cannot use. The rules here are the
+same, in the same order, so that the numbers are known before the run.
 """
 
 import numpy as np
@@ -9,19 +9,19 @@ import numpy as np
 from .coco import CocoDataset, Content
 from .masks import Polygons
 
-# Boxes of COCO itself reach past the border by rounding.
+# Boxes of COCO exceed the border by rounding
 BEYOND = 1.0
 
 
 def describe_use(dataset: CocoDataset, content: Content) -> list[str]:
-    """Count what is not used as it stands, by reason."""
+    """Count annotations and images that are not used, by reason."""
     limits = content.sides[content.image]
     start, size = content.box[:, :2], content.box[:, 2:]
     inside = np.minimum(start + size, limits) - np.maximum(start, 0)
     left = np.ones(len(content.ids), bool)
 
     def take(reason: np.ndarray) -> int:
-        """Count what a reason takes of the annotations that are left."""
+        """Count and remove the remaining annotations with a reason."""
         nonlocal left
         count = int((left & reason).sum())
         left = left & ~reason
@@ -37,12 +37,12 @@ def describe_use(dataset: CocoDataset, content: Content) -> list[str]:
     skipped = [f'{text} and are skipped' for text in skipped]
     filled = [
         f'{count} annotations have no {field}, which is filled in'
-        for field, count in content.lacks.items()
+        for field, count in content.missing_fields.items()
     ]
     if dataset.test_mode:
         if skipped:
             skipped.append('the metric counts all these, as objects to be found')
-        if dataset.judged and not content.ids:
+        if dataset.evaluated and not content.ids:
             filled.append(
                 'there are no annotations to judge by, so that the metric will be -1 '
                 '(format_only=True in the evaluator writes the results alone)'
@@ -109,5 +109,5 @@ def describe_use(dataset: CocoDataset, content: Content) -> list[str]:
 
 
 def _count(*reasons: tuple[int, str]) -> list[str]:
-    """One clause a reason that anything was found for."""
+    """Return a clause for each reason with a count above 0."""
     return [f'{count} {text}' for count, text in reasons if count]

@@ -1,4 +1,4 @@
-"""Can the folders that a run writes into be written?"""
+"""Check that a run can write into its folders."""
 
 import errno
 import os
@@ -9,15 +9,15 @@ from typing import Any
 
 from ...utils.disk import free_space
 
-# about what the log and the config take before the first checkpoint
+# about the size of log and config before the first checkpoint
 _PROBE_BYTES = 64 * 1024
 
 
 def check_folders(cfg: Any) -> Iterator[str]:
-    """Write a small file into the work folder and into that of the checkpoints.
+    """Write a small file into the work folder and the folder of the checkpoints.
 
-    It has no name and leaves nothing; a folder that does not exist is tried in the
-    one that it would be made in.
+    The file has no name and is removed. For a folder that does not exist, its parent is
+    checked.
     """
     checkpoint = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
     for name, folder in (
