@@ -77,7 +77,7 @@ def write_config(name: str, output: Union[str, Path]) -> Path:
     text = Config.fromfile(source, import_custom_modules=False).pretty_text
     path = Path(output)
     if path.suffix != '.py':
-        raise ValueError(f'{output}: the file is Python code; let its name end in .py')
+        raise ValueError(f'{output}: the name of the file must end in .py')
     title = Path(source).relative_to(config_root()).as_posix()
     with path.open('x', encoding='utf-8') as file:
         file.write(f'# {SCOPE}::{title} with everything that it inherits\n{text}')
@@ -96,7 +96,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         path = write_config(args.config, args.output)
     except FileExistsError:
-        error = f'{args.output} exists and is left as it is; give another --output'
+        error = f'{args.output} exists and is not replaced; give another --output'
     except (OSError, ValueError) as failure:
         error = str(failure)
     else:

@@ -43,7 +43,7 @@ REQUIREMENTS = (
     Requirement('mmcv', 'mmcv', '>=2.0,<2.2', 'onedl-mmcv', '>=2.3,<3'),
     Requirement('mmdet', 'mmdet', '>=3.3,<4', 'onedl-mmdetection', '>=3.3,<4'),
     Requirement(
-        *('mmseg', 'mmsegmentation', '>=1.2.2,<2', 'onedl-mmsegmentation', '>=1.2.2,<2')
+        'mmseg', 'mmsegmentation', '>=1.2.2,<2', 'onedl-mmsegmentation', '>=1.2.2,<2'
     ),
     Requirement('mmpretrain', 'mmpretrain', '>=1.2,<2', 'onedl-mmpretrain', '>=1.2,<2'),
 )
@@ -173,7 +173,7 @@ def notes(name, module, fact):
     if name == 'mmcv.ops':
         module.nms(*box())
         cuda = module.get_compiling_cuda_version()
-        return ['compiled, work', 'for the CPU alone' if cuda == 'not available'
+        return ['compiled, work', 'for CPUs only' if cuda == 'not available'
                 else f'for CUDA {cuda}']
     return []
 
@@ -285,8 +285,8 @@ def diagnose(facts: Facts, require: Sequence[str] = NEEDED) -> list[Finding]:
         if not modules[name]['found']:
             findings.append(Finding(f'{name} is missing', '', _install(name, facts)))
     notes = [*modules['torch']['notes'], *modules['mmcv.ops']['notes']]
-    if 'for the CPU alone' in notes and any(re.match(r'\d+ GPU', n) for n in notes):
-        what = 'torch sees a GPU, but mmcv was compiled for the CPU alone'
+    if 'for CPUs only' in notes and any(re.match(r'\d+ GPU', n) for n in notes):
+        what = 'torch sees a GPU, but mmcv was compiled for CPUs only'
         fix = (
             'Take a prebuilt mmcv wheel for your torch and CUDA (OneDL publishes '
             'some), or install the CUDA toolkit of that version and compile mmcv again '
@@ -457,7 +457,7 @@ def render(facts: Facts, findings: Sequence[Finding]) -> str:
         lines += [f'  found: {finding.found}'] if finding.found else []
         lines += [f'  fix:   {finding.fix}']
     errors = sum(finding.level == 'error' for finding in findings)
-    summary = f'{errors} problem{"s" if errors > 1 else ""} to mend'
+    summary = f'{errors} problem{"s" if errors > 1 else ""} found'
     lines += ['', summary if errors else 'Everything that is installed fits together.']
     return '\n'.join(lines)
 

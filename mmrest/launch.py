@@ -225,7 +225,7 @@ def scale_learning_rate(cfg: Config) -> None:
     """
     if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
         raise LaunchError(
-            '--auto-scale-lr needs the batch that the learning rate was chosen for. '
+            '--auto-scale-lr needs the batch size of the learning rate. '
             'Add auto_scale_lr=dict(enable=False, base_batch_size=16) to the config.'
         )
     cfg.auto_scale_lr.enable = True

@@ -33,6 +33,7 @@ from .models.utils import NUM_STAGES, to_map, to_tokens
 from .weights import FOLDER, MODELS
 
 NUM_CLASSES = 1000
+Pretrained = Union[bool, str]
 
 
 class _Classifier(rest.BaseResT):
@@ -198,23 +199,62 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _register(name: str, kind: str, arch: str) -> None:
-    def create(pretrained: Union[bool, str] = False, **options: Any) -> nn.Module:
-        if isinstance(pretrained, str):
-            options['pretrained_cfg_overlay'] = dict(file=pretrained, custom_load=True)
-        return build_model_with_cfg(
-            _KINDS[kind],
-            name,
-            bool(pretrained),
-            feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls='getter'),
-            **{'arch': arch, **options},
-        )
-
-    create.__name__ = create.__qualname__ = name
-    create.__doc__ = f'{kind} {arch}; the options are those of ``timm.create_model``.'
-    globals()[name] = register_model(create)
+def _create(name: str, pretrained: Pretrained, **options: Any) -> nn.Module:
+    if isinstance(pretrained, str):
+        options['pretrained_cfg_overlay'] = dict(file=pretrained, custom_load=True)
+    kind, arch = MODELS[name][:2]
+    return build_model_with_cfg(
+        _KINDS[kind],
+        name,
+        bool(pretrained),
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls='getter'),
+        **{'arch': arch, **options},
+    )
 
 
-for _name, _model in MODELS.items():
-    if not _name.endswith('_384'):
-        _register(_name, _model.kind, _model.arch)
+@register_model
+def rest_lite(pretrained: Pretrained = False, **options: Any) -> nn.Module:
+    """ResT-Lite."""
+    return _create('rest_lite', pretrained, **options)
+
+
+@register_model
+def rest_small(pretrained: Pretrained = False, **options: Any) -> nn.Module:
+    """ResT-Small."""
+    return _create('rest_small', pretrained, **options)
+
+
+@register_model
+def rest_base(pretrained: Pretrained = False, **options: Any) -> nn.Module:
+    """ResT-Base."""
+    return _create('rest_base', pretrained, **options)
+
+
+@register_model
+def rest_large(pretrained: Pretrained = False, **options: Any) -> nn.Module:
+    """ResT-Large."""
+    return _create('rest_large', pretrained, **options)
+
+
+@register_model
+def restv2_tiny(pretrained: Pretrained = False, **options: Any) -> nn.Module:
+    """ResTv2-Tiny."""
+    return _create('restv2_tiny', pretrained, **options)
+
+
+@register_model
+def restv2_small(pretrained: Pretrained = False, **options: Any) -> nn.Module:
+    """ResTv2-Small."""
+    return _create('restv2_small', pretrained, **options)
+
+
+@register_model
+def restv2_base(pretrained: Pretrained = False, **options: Any) -> nn.Module:
+    """ResTv2-Base."""
+    return _create('restv2_base', pretrained, **options)
+
+
+@register_model
+def restv2_large(pretrained: Pretrained = False, **options: Any) -> nn.Module:
+    """ResTv2-Large."""
+    return _create('restv2_large', pretrained, **options)

@@ -88,56 +88,36 @@ class Model(NamedTuple):
     sources: tuple[Source, ...] = ()
 
 
-_AUTHORS = Source('authors', '1H6QUZsKYbU6LECtxzGHKqEeGbx1E8uQ9', '.pth', None, True)
-
-
-def _port(drive_id: str, top1: float) -> Source:
-    return Source('paddlevit', drive_id, '.pdparams', top1)
-
-
-MODELS: dict[str, Model] = {
-    'rest_lite': Model(
-        *('ResT', 'lite', 77.2, '1VVzrzZi_tD3yTp_lw9tU9A'),
-        (_AUTHORS, _port('1JF3TVYw76kFizAVC3K5wnGqtAjY3R842', 77.18)),
-    ),
-    'rest_small': Model(
-        *('ResT', 'small', 79.6, '1Y-MIzzzcQnmrbHfGGR0mrw'),
-        (_AUTHORS, _port('1Hq8Bh55ZvM4sufRCaOyIX3-bYi7J66F4', 79.55)),
-    ),
-    'rest_base': Model(
-        *('ResT', 'base', 81.6, '1HhR9YxtGIhouZ0GEA4LYlw'),
-        (_AUTHORS, _port('1DqygDScRdwLQM4QltkaC4uJAy_BHfS9y', 81.60)),
-    ),
-    'rest_large': Model(
-        *('ResT', 'large', 83.6, '14c4u_oRoBcKOt1aTlsBBpw'),
-        (_AUTHORS, _port('14XBb3HgNYaprMsG1kz1NvSYP6mN3-MEV', 83.57)),
-    ),
-    'restv2_tiny': Model(
-        *('ResTV2', 'tiny', 82.3, '1LHAbsrXnGsjvAE3d5zhaHQ'),
-        (_port('1vSbX1m_4wcE-SdOGpE6tMIj6kuV2_slK', 82.32),),
-    ),
-    'restv2_small': Model(
-        *('ResTV2', 'small', 83.2, '1nysV5MTtwsDLChrRa7vmZQ'),
-        (_port('1_aFBSog30XkUrC_XOChiitSmBgE6ZxE7', 83.18),),
-    ),
-    'restv2_base': Model(
-        *('ResTV2', 'base', 83.7, '1GH3N2_rbZx816mN87UzYgQ'),
-        (_port('1hDne3_2TuadxxlZiV7qyghuj5jybmcms', 83.70),),
-    ),
-    'restv2_large': Model(
-        *('ResTV2', 'large', 84.2, '1A2huwk_Ii4ZzQllg1iHrEw'),
-        (_port('16XU0i3HV_bn9uhftcScEdVhOLIHbrl91', 84.24),),
-    ),
+# ImageNet top-1 in percent, as published
+TOP1 = {
+    'rest_lite': 77.2,
+    'rest_small': 79.6,
+    'rest_base': 81.6,
+    'rest_large': 83.6,
+    'restv2_tiny': 82.3,
+    'restv2_small': 83.2,
+    'restv2_base': 83.7,
+    'restv2_large': 84.2,
     # fine-tuned at 384x384
-    'restv2_tiny_384': Model('ResTV2', 'tiny', 83.7, '1fEMs_OrDa_xF7Cw1DiBU9w'),
-    'restv2_small_384': Model('ResTV2', 'small', 84.5, '1S1GERP-lYEJANYr17xk3dA'),
-    'restv2_base_384': Model('ResTV2', 'base', 85.1, '12RBMZmf6IlJIB3lIkeBH9Q'),
-    'restv2_large_384': Model('ResTV2', 'large', 85.4, '1dlxiWexb9mho63WdWS8nXg'),
+    'restv2_tiny_384': 83.7,
+    'restv2_small_384': 84.5,
+    'restv2_base_384': 85.1,
+    'restv2_large_384': 85.4,
 }
-
-# Detectors and segmentors, which are only on Baidu. In the authors' table, the two
-# Mask R-CNN of size small have the same link.
-BAIDU_ONLY = {
+# The authors' files. In their table, the two Mask R-CNN of size small have one link.
+BAIDU_IDS = {
+    'rest_lite': '1VVzrzZi_tD3yTp_lw9tU9A',
+    'rest_small': '1Y-MIzzzcQnmrbHfGGR0mrw',
+    'rest_base': '1HhR9YxtGIhouZ0GEA4LYlw',
+    'rest_large': '14c4u_oRoBcKOt1aTlsBBpw',
+    'restv2_tiny': '1LHAbsrXnGsjvAE3d5zhaHQ',
+    'restv2_small': '1nysV5MTtwsDLChrRa7vmZQ',
+    'restv2_base': '1GH3N2_rbZx816mN87UzYgQ',
+    'restv2_large': '1A2huwk_Ii4ZzQllg1iHrEw',
+    'restv2_tiny_384': '1fEMs_OrDa_xF7Cw1DiBU9w',
+    'restv2_small_384': '1S1GERP-lYEJANYr17xk3dA',
+    'restv2_base_384': '12RBMZmf6IlJIB3lIkeBH9Q',
+    'restv2_large_384': '1dlxiWexb9mho63WdWS8nXg',
     'retinanet_rest_small': '13YXVRQeNcF_3Txns8eJzZw',
     'retinanet_rest_base': '1hMRM5YEIGsfWfvqbuC7JWA',
     'mask_rcnn_rest_small': '1UfDsRGwgZcydXtj56ZFoDg',
@@ -149,6 +129,36 @@ BAIDU_ONLY = {
     'upernet_restv2_small': '1WHiL0Rf9JeOB76yh6WOvLQ',
     'upernet_restv2_base': '1dtkg68j3vCU-dxJxl8VFdg',
 }
+# The authors' folder on Google Drive, with the files of ResT
+AUTHORS_FOLDER = '1H6QUZsKYbU6LECtxzGHKqEeGbx1E8uQ9'
+# PaddleViT's files on Google Drive, and the top-1 that was measured there
+PADDLEVIT = {
+    'rest_lite': ('1JF3TVYw76kFizAVC3K5wnGqtAjY3R842', 77.18),
+    'rest_small': ('1Hq8Bh55ZvM4sufRCaOyIX3-bYi7J66F4', 79.55),
+    'rest_base': ('1DqygDScRdwLQM4QltkaC4uJAy_BHfS9y', 81.60),
+    'rest_large': ('14XBb3HgNYaprMsG1kz1NvSYP6mN3-MEV', 83.57),
+    'restv2_tiny': ('1vSbX1m_4wcE-SdOGpE6tMIj6kuV2_slK', 82.32),
+    'restv2_small': ('1_aFBSog30XkUrC_XOChiitSmBgE6ZxE7', 83.18),
+    'restv2_base': ('1hDne3_2TuadxxlZiV7qyghuj5jybmcms', 83.70),
+    'restv2_large': ('16XU0i3HV_bn9uhftcScEdVhOLIHbrl91', 84.24),
+}
+
+
+def _model(name: str) -> Model:
+    generation, arch = name.split('_')[:2]
+    kind = 'ResT' if generation == 'rest' else 'ResTV2'
+    sources = []
+    if kind == 'ResT':
+        sources.append(Source('authors', AUTHORS_FOLDER, '.pth', is_folder=True))
+    if name in PADDLEVIT:
+        drive_id, top1 = PADDLEVIT[name]
+        sources.append(Source('paddlevit', drive_id, '.pdparams', top1))
+    return Model(kind, arch, TOP1[name], BAIDU_IDS[name], tuple(sources))
+
+
+MODELS: dict[str, Model] = {name: _model(name) for name in TOP1}
+# Detectors and segmentors
+BAIDU_ONLY = {name: file for name, file in BAIDU_IDS.items() if name not in MODELS}
 
 
 class WeightsError(CheckpointError):
@@ -163,7 +173,7 @@ def advise(path: Union[str, os.PathLike]) -> str:
     if name in BAIDU_ONLY:
         return f'`python -m mmrest.weights {name}` says where this file is.'
     option = '' if folder == FOLDER else f' --folder {folder}'
-    return f'`python -m mmrest.weights {name}{option}` fetches this file.'
+    return f'`python -m mmrest.weights {name}{option}` downloads this file.'
 
 
 # ---------------------------------------------------------------- download
@@ -171,7 +181,7 @@ def advise(path: Union[str, os.PathLike]) -> str:
 _ATTEMPTS = 3  # to continue after a broken connection
 _TIMEOUT = 60  # seconds without an answer
 _UNFINISHED = '.unfinished'
-_KEPT = 'What was received is kept, and the same command goes on from there.'
+_KEPT = 'The received part is kept, and the same command continues from there.'
 
 
 def fetch(
@@ -364,7 +374,7 @@ def _put_in_place(tensors: dict[str, Tensor], path: Path) -> None:
             Path(temporary).write_bytes(buffer.getbuffer())
     except OSError as error:
         raise WeightsError(
-            f'{path} could not be written: {error.strerror}. Nothing of it is there.'
+            f'{path} could not be written: {error.strerror}. No part of it was kept.'
         ) from error
 
 
@@ -441,7 +451,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.error('name a model, or give --list')
     try:
         path = fetch(args.name, args.folder, args.source, args.start)
-        print(f'{path} is there and fits {args.name}')
+        print(f'{path} exists and fits {args.name}')
     except (CheckpointError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
@@ -463,7 +473,7 @@ def _table() -> Iterator[str]:
     yield f'Baidu asks for the access code {BAIDU_CODE}. With a file from there:'
     yield '  python -m mmrest.weights NAME --from FILE'
     yield ''
-    yield 'On Baidu alone, with the command for the file from there:'
+    yield 'Only on Baidu, with the command for the downloaded file:'
     for name, file in BAIDU_ONLY.items():
         yield f'{name:24}{BAIDU}/{file}'
         yield f'  {_use(name)}'
@@ -495,7 +505,7 @@ def _by_hand(name: str, folder: Union[str, os.PathLike]) -> str:
 def _unknown(name: str) -> str:
     if name in BAIDU_ONLY:
         return (
-            f'{name} is on Baidu alone: download it in a browser from '
+            f'{name} is only on Baidu: download it in a browser from '
             f'{BAIDU}/{BAIDU_ONLY[name]} (access code {BAIDU_CODE}), then run '
             f'`{_use(name)}`.'
         )

@@ -23,8 +23,8 @@ def parse_args() -> argparse.Namespace:
         nargs='?',
         const='auto',
         metavar='PATH',
-        help='continue from this checkpoint; without a path from the newest whole one '
-        'in the work folder, or from the start if there is none',
+        help='continue from this checkpoint; without a path from the newest complete '
+        'one in the work folder, or from the start if there is none',
     )
     parser.add_argument(
         '--tensorboard', action='store_true', help='log for TensorBoard as well'

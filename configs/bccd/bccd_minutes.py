@@ -35,24 +35,10 @@ train_dataloader = dict(
 )
 val_dataloader = dict(dataset=dict(**data, ann_file='val.json', pipeline=val_pipeline))
 test_dataloader = dict(
-    batch_size=1,
-    num_workers=1,
-    persistent_workers=True,
-    drop_last=False,
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(
-        type='CocoDataset',
-        **data,
-        ann_file='test.json',
-        test_mode=True,
-        pipeline=val_pipeline,
-    ),
+    dataset=dict(**data, ann_file='test.json', pipeline=val_pipeline)
 )
 val_evaluator = dict(ann_file=data_root + 'val.json', metric='bbox')
-test_evaluator = dict(
-    type='CocoMetric', ann_file=data_root + 'test.json', metric='bbox', classwise=True
-)
+test_evaluator = dict(ann_file=data_root + 'test.json', metric='bbox')
 
 train_cfg = dict(max_iters=600, val_interval=200)
-test_cfg = dict(type='TestLoop')
 default_hooks = dict(checkpoint=dict(interval=200))

@@ -1,5 +1,6 @@
 # Data in COCO format and a schedule of minutes on two CPU cores, for the detectors of
-# `make demo`. projects/demo/run.py fills in paths and classes.
+# `make demo` (projects/demo/run.py sets paths and classes) and for configs/bccd and
+# configs/fruit_nuts.
 _base_ = '../_base_/default_runtime.py'
 
 scale = (160, 160)
@@ -51,12 +52,15 @@ val_dataloader = dict(
         pipeline=val_pipeline,
     ),
 )
+test_dataloader = val_dataloader
 val_evaluator = dict(
     type='CocoMetric', ann_file='', metric=['bbox', 'segm'], classwise=True
 )
+test_evaluator = val_evaluator
 
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=300, val_interval=60)
 val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),

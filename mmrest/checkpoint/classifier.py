@@ -73,7 +73,7 @@ def load_published_classifier(
         raise CheckpointError(
             'the checkpoint holds nothing that ImageClassifier would load: no name '
             f'begins with {", ".join(_PARTS)}, and it is no published ImageNet file. '
-            'If it is of the backbone alone, name it in the init_cfg of the backbone.'
+            'If it holds only the backbone, name it in the init_cfg of the backbone.'
         )
     part = {
         name.partition('.')[2]: value

@@ -150,9 +150,7 @@ def _check_tensors(
             f'{shorten((n for n in target if COUNTER not in n), 4)}.'
         )
         if not tensors and wrapper:
-            reason = (
-                f'the tensors are under {wrapper!r}, and it reads state_dict alone.'
-            )
+            reason = f'the tensors are under {wrapper!r}, and it only reads state_dict.'
         raise CheckpointError(
             f'mmengine would load nothing from {source}: {reason} To start from a '
             f'pretrained backbone, {_BACKBONE_ADVICE}'
@@ -212,7 +210,7 @@ def check_parent_init(
             f'the checkpoint that an init_cfg (or pretrained) of the model names holds '
             f'no tensor for its {name}: no name in it begins with '
             f'{prefix or "the name of one of its layers"!r}. If it is an ImageNet file '
-            f'or a backbone alone, {_BACKBONE_ADVICE}'
+            f'or only a backbone, {_BACKBONE_ADVICE}'
         )
     problems = [*found.problems, *describe_defects(found.fitting)]
     if problems:

@@ -296,7 +296,7 @@ def _convert(
         if _nature(tensor) != _nature(target[name])
     ]
     if foreign:
-        return {}, [f'Tensors of another nature ({len(foreign)}): {shorten(foreign)}.']
+        return {}, [f'Tensors of another kind ({len(foreign)}): {shorten(foreign)}.']
     converted = {n: tensor.to(target[n].dtype) for n, tensor in fitting.items()}
     return converted, describe_defects(converted)
 

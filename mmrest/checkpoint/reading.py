@@ -204,14 +204,14 @@ def _raise_if_refused(error: Exception, where: str) -> None:
     if name is None:
         return
     advice = (
-        'If you trust where the file comes from, save its weights alone with the '
+        'If you trust where the file comes from, save only its weights with the '
         "program that wrote it, as torch.save({'state_dict': model.state_dict()}, "
         'path) does.'
     )
     if name.startswith(('mmengine.', 'numpy.')) and not mmengine_globals_allowed():
         advice = (
             f'torch {torch.__version__} cannot read the training state of mmengine '
-            'safely; torch 2.6 or later can. Or save the weights alone.'
+            'safely; torch 2.6 or later can. Or save only the weights.'
         )
     # without torch's own text, which advises to switch safety off
     raise RefusedError(

@@ -103,24 +103,24 @@ def find_latest(work_dir: str) -> Optional[Latest]:
         if numbered:
             own = '{}'.join(numbered.groups())
             templates = list(dict.fromkeys([own, *NAMES]))
-    found = [_newest_whole(folders, name, damaged) for name in templates]
-    whole = [latest for latest in found if latest is not None]
-    if whole:
-        latest = max(whole, key=lambda item: item.iteration)
+    found = [_newest_complete(folders, name, damaged) for name in templates]
+    complete = [latest for latest in found if latest is not None]
+    if complete:
+        latest = max(complete, key=lambda item: item.iteration)
         reasons = [f'last_checkpoint names {named}, which cannot be used.']
         if named is None:
             reasons = [f'{os.path.join(work_dir, "last_checkpoint")} names no file.']
         reasons += [f'{reason.removesuffix(".")}.' for reason in damaged.values()]
         warning = (
-            f'{" ".join(reasons)} Continuing from {latest.path}, the newest that is '
-            f'whole (iteration {latest.iteration}).'
+            f'{" ".join(reasons)} Continuing from {latest.path}, the newest complete '
+            f'checkpoint (iteration {latest.iteration}).'
         )
         return latest._replace(warning=warning)
     if not damaged:
         return None
     reasons = [f'{path}: {reason}' for path, reason in damaged.items()]
     raise CheckpointError(
-        f'{work_dir} holds no whole checkpoint to continue from. '
+        f'{work_dir} holds no complete checkpoint to continue from. '
         f'{shorten(reasons, 4)} To start from the beginning instead, choose another '
         '--work-dir or leave out --resume; to continue from a file elsewhere, name '
         'it: --resume PATH.'
@@ -152,7 +152,7 @@ def inspect_latest(path: Source) -> Latest:
     if missing:
         raise _ForeignError(
             f'{path} holds no state of a training ({missing} is missing), perhaps '
-            'weights alone. To start a new run with them, leave out --resume and give '
+            'only weights. To start a new run with them, leave out --resume and give '
             '--cfg-options load_from=PATH.'
         )
     meta = checkpoint['meta']
@@ -227,7 +227,7 @@ def _named(work_dir: str) -> Optional[str]:
     return text or None
 
 
-def _newest_whole(
+def _newest_complete(
     folders: set[str], template: str, damaged: dict[str, str]
 ) -> Optional[Latest]:
     """Inspect numbered files from the newest on, and collect the damaged ones."""

@@ -47,7 +47,7 @@ class CheckImageSize(BaseTransform):
         raise ImageSizeError(
             f'{results.get("img_path", "an image")} is loaded with {width}x{height} '
             f'pixels, but its annotation says {stated[0]}x{stated[1]}, so its boxes '
-            f'would lie elsewhere. Restore the file or correct the annotation.{cause}'
+            f'would be misplaced. Restore the file or correct the annotation.{cause}'
         )
 
     def __repr__(self) -> str:

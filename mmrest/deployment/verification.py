@@ -56,8 +56,8 @@ def verify(
             problem, count = module.compare(found, expected)
             if problem:
                 raise VerificationError(
-                    f'{shape[0]}x{shape[1]}: the file does not give what the model '
-                    f'gives: {problem}. Nothing was written.'
+                    f'{shape[0]}x{shape[1]}: the results of the file and of the model '
+                    f'differ: {problem}. Nothing was written.'
                 )
             counts.append(f'{shape[0]}x{shape[1]} ({count})')
     text = f'verified against PyTorch: {", ".join(counts)}'

@@ -254,7 +254,7 @@ def find_source(
             data = model.data_preprocessor(batch, True)
             count = _first_count(data.get('inputs') if isinstance(data, dict) else data)
             if count:
-                return f'the preprocessed inputs are so already: {count}'
+                return f'already in the preprocessed inputs: {count}'
             if weights is None:
                 return 'the preprocessed inputs are finite'
             device = next(model.parameters()).device

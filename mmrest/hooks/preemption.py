@@ -392,7 +392,7 @@ class PreemptionHook(Hook):
         hub = runner.message_hub
         if hub.runtime_info.get(_VALIDATE) and runner.val_loop is not None:
             hub.update_info(_VALIDATE, False)
-            runner.logger.info('The validation that was broken off is done first.')
+            runner.logger.info('The interrupted validation is done first.')
             runner.val_loop.run()
 
     def before_train_epoch(self, runner: Runner) -> None:

@@ -127,8 +127,8 @@ def _read_video(source: str, is_camera: bool) -> Inputs:
     if not capture.isOpened():
         what = f'camera {source}' if is_camera else source
         raise InferenceError(
-            f'{what} cannot be opened as a video; is it one, and is nobody else using '
-            'it?'
+            f'{what} cannot be opened. Check that it is a video or camera and that no '
+            'other program uses it.'
         )
     count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
     fps = capture.get(cv2.CAP_PROP_FPS) or 25.0

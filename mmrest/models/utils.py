@@ -225,7 +225,7 @@ def merge_pretrained(
     if init_cfg is not None:
         raise ValueError(
             f'init_cfg and pretrained are both given ({init_cfg!r}, {pretrained!r}). '
-            'Give init_cfg alone; pretrained is deprecated.'
+            'Give only init_cfg; pretrained is deprecated.'
         )
     if not isinstance(pretrained, str):
         raise ValueError(

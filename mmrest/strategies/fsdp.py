@@ -90,7 +90,7 @@ class BlockFSDPStrategy(FSDPStrategy):
             if unknown:
                 raise ValueError(
                     f'optim_wrapper.clip_grad has {", ".join(unknown)}, which clipping '
-                    'with FSDP does not know. Give max_norm and norm_type alone.'
+                    'with FSDP does not know. Only give max_norm and norm_type.'
                 )
             wrapper.clip_func = self._clip_grad_norm
         return wrapper

@@ -33,7 +33,7 @@ def free_space(folder: str) -> str:
     try:
         return f'{shutil.disk_usage(folder).free:,} bytes are free in {folder}.'
     except OSError as error:
-        return f'{folder} cannot be looked at ({error.strerror}).'
+        return f'{folder} cannot be accessed ({error.strerror}).'
 
 
 def survive_log_errors(logger: logging.Logger) -> None:
@@ -52,7 +52,7 @@ def survive_log_errors(logger: logging.Logger) -> None:
         reason = getattr(error, 'strerror', None) or repr(error)
         space = free_space(os.path.dirname(path))
         sys.stderr.write(
-            f'The log {path} cannot be written: {reason}. {space} The run goes on '
+            f'The log {path} cannot be written: {reason}. {space} The run continues '
             'without these lines.\n'
         )
 

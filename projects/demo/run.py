@@ -112,6 +112,7 @@ def fill_in(cfg, data, run_dir):
         options[f'{dataset}.data_prefix'] = dict(img=str(files.img_dir))
         options[f'{dataset}.metainfo'] = dict(classes=data.classes)
     cfg.merge_from_dict(options)
+    cfg.test_dataloader, cfg.test_evaluator = cfg.val_dataloader, cfg.val_evaluator
 
 
 def load_config(name, args):

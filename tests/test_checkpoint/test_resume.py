@@ -116,7 +116,7 @@ def test_several_damaged(run):
 def test_all_damaged_is_an_error_and_no_new_start(run, damage):
     for number in (9, 20, 100):
         damage(run / f'iter_{number}.pth')
-    with pytest.raises(CheckpointError, match='no whole checkpoint') as info:
+    with pytest.raises(CheckpointError, match='no complete checkpoint') as info:
         find_latest(str(run))
     assert 'iter_100.pth' in str(info.value) and '--work-dir' in str(info.value)
 
@@ -292,7 +292,7 @@ def test_two_processes(server, toy, tmp_path):
         assert len(reads) == 1 - rank
         with pytest.raises(CheckpointError, match=r'instead of \(9, 3\)'):
             check_load_from(ToyModel(width=9), choose_checkpoint(str(toy)))
-        with pytest.raises(CheckpointError, match='no whole checkpoint'):
+        with pytest.raises(CheckpointError, match='no complete checkpoint'):
             choose_checkpoint(str(lost))
 
     assert exit_codes(in_processes(check, tmp_path)) == [0, 0]

@@ -213,7 +213,7 @@ def test_crowd_only_images(sandbox, build, form):
     cfg = sandbox.config()
     report = text_of(check_config(cfg))
     assert '1 crowd regions are no objects to learn' in report
-    assert '1 images have crowd regions alone and are trained on as back' in report
+    assert '1 images only have crowd regions and are trained on as back' in report
     samples = [data['data_samples'] for data in build(cfg, 'train')]
     sample = next(sample for sample in samples if sample.img_id == key)
     assert len(sample.gt_instances) == 0 and len(sample.ignored_instances) == 1

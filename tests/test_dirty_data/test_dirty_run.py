@@ -53,7 +53,7 @@ TRAIN = (
     '1 crowd regions are no objects to learn',
     '1 boxes reach beyond their image and are cut at its border',
     '1 images have no annotation of the classes and are left out',
-    '1 images have crowd regions alone and are trained on as background',
+    '1 images only have crowd regions and are trained on as background',
     '1 images have annotations that are all skipped or ignored, and are trained on as',
     '5 of 24 decoded images have an EXIF orientation, which is applied',
     '1 of 24 decoded images are grey;',

@@ -112,7 +112,7 @@ def test_bad_images_are_named(tmp_path, iters):
     text = fails(tmp_path, data=Images(bad=[3]), iters=iters)
     assert 'iteration 2: ' in text
     assert 'images 102 images/2.jpg, 103 images/3.jpg' in text
-    assert 'the preprocessed inputs are so already: 1 NaN and 0 infinite' in text
+    assert 'already in the preprocessed inputs: 1 NaN and 0 infinite' in text
     assert 'the step made with this loss has broken the parameters' in text
     assert 'There is no checkpoint yet.' in text
 

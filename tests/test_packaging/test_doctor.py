@@ -52,7 +52,7 @@ def facts():
         for name, version in VERSIONS.items()
     }
     modules['torch']['notes'] = ['CPU build', 'no GPU to be seen']
-    modules['mmcv.ops']['notes'] = ['compiled, work', 'for the CPU alone']
+    modules['mmcv.ops']['notes'] = ['compiled, work', 'for CPUs only']
     return {
         'python': '3.11.7',
         'executable': '/usr/bin/python3',
@@ -245,7 +245,7 @@ FAILURES = {
     ),
     'mmcv for the CPU on a GPU machine': (
         on_gpu,
-        'compiled for the CPU alone',
+        'compiled for CPUs only',
         'FORCE_CUDA=1',
     ),
     'mmengine missing': (

@@ -70,7 +70,7 @@ def test_damaged_newest_checkpoint(call, config, trained, tmp_path):
     for name in ('iter_2.pth', 'iter_4.pth'):
         os.truncate(tmp_path / name, 20000)
     output = call('train.py', config, *options, cwd=tmp_path, fails=True)
-    assert 'tools/train.py: ' in output and 'no whole checkpoint' in output
+    assert 'tools/train.py: ' in output and 'no complete checkpoint' in output
     assert 'Iter(train)' not in output
 
 

@@ -92,7 +92,7 @@ def check_evaluators(
             if content and lost:
                 names = (osp.basename(item['file_name']) for item in lost)
                 yield (
-                    f'{where}: it judges by {path}, which does not list {len(lost)} '
+                    f'{where}: it reads {path}, which does not list {len(lost)} '
                     f'images of {shorten(files)}: {shorten(names)}. Set both to the '
                     'same file.'
                 )

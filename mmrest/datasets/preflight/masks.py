@@ -124,8 +124,8 @@ def check_masks(dataset: 'CocoDataset', content: 'Content') -> Iterator[str]:
         )
     if coded:
         yield (
-            f'has {len(coded)} objects whose mask is RLE, and the pipeline takes '
-            f'polygons alone, so they would be ignored: annotation {shorten(coded)}. '
+            f'has {len(coded)} objects whose mask is RLE, and the pipeline only takes '
+            f'polygons, so they would be ignored: annotation {shorten(coded)}. '
             'Set poly2mask=True in LoadAnnotations of the training pipeline.'
         )
 

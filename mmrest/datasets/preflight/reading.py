@@ -98,7 +98,7 @@ def check_class_text(cfg: Any, split: str) -> Iterator[str]:
         ):
             if isinstance(value, str) and '://' not in value and not osp.isfile(value):
                 yield (
-                    f'{where}.{field} is the text {value!r}, which is no list of names '
-                    f'and no file with a name a line. For one class add the comma: '
+                    f'{where}.{field} is {value!r}, neither a list of names nor a file '
+                    f'with a name per line. For one class add the comma: '
                     f'classes=({value!r},).'
                 )

@@ -44,8 +44,8 @@ def describe_use(dataset: CocoDataset, content: Content) -> list[str]:
             skipped.append('the metric counts all these, as objects to be found')
         if dataset.evaluated and not content.ids:
             filled.append(
-                'there are no annotations to judge by, so that the metric will be -1 '
-                '(format_only=True in the evaluator writes the results alone)'
+                'there are no annotations to evaluate with, so the metric will be -1 '
+                '(format_only=True in the evaluator only writes the results)'
             )
         return skipped + filled
 
@@ -97,7 +97,7 @@ def describe_use(dataset: CocoDataset, content: Content) -> list[str]:
             ),
             (
                 only_crowds.sum(),
-                'images have crowd regions alone and are trained on as background',
+                'images only have crowd regions and are trained on as background',
             ),
             (
                 (background & ~only_crowds).sum(),
