@@ -220,8 +220,8 @@ def fetch(
             check(path, name)
         except CheckpointError as error:
             raise WeightsError(
-                f'{path} exists and is left as it is, but {error} Move it away to '
-                'fetch it anew.'
+                f'{path} exists and was not replaced, but {error} Move it away to '
+                'download it again.'
             ) from error
         return path
     if start is not None and not is_url(start):
@@ -236,7 +236,7 @@ def fetch(
             where = ORIGINS.get(source.origin, source.origin)
             failures.append(f'{where}: {str(error).rstrip(".")}')
     reasons = f' ({"; ".join(failures)})' if failures else ''
-    raise WeightsError(f'{name} was not fetched{reasons}. {_by_hand(name, folder)}')
+    raise WeightsError(f'{name} was not downloaded{reasons}. {_by_hand(name, folder)}')
 
 
 def _sources(name: str, origin: Optional[str], start: Optional[str]) -> list[Source]:
@@ -348,8 +348,8 @@ def _reason(error: Exception, file: Path, errors: Any) -> str:
     requests: Any = import_module('requests')
     if isinstance(error, errors.FileURLRetrievalError):
         return (
-            'it answered with a page instead of the file, as for a file that is gone, '
-            'or one that too many have downloaded today'
+            'it answered with a page instead of the file, as for a deleted file or one '
+            'that was downloaded too often today'
         )
     if isinstance(error, errors.DownloadError):
         return f'{" ".join(str(error).split()).partition(". ")[0]}. {_KEPT}'

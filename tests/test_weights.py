@@ -200,7 +200,7 @@ def test_breaks_are_continued(drive, folder):
     drive.files[FILE_IN_FOLDER] = pth()
     # each attempt to continue asks twice: for the whole, and for the rest
     drive.faults[FILE_IN_FOLDER] = ['break', None, 'break', None, 'break']
-    with pytest.raises(weights.WeightsError, match='goes on from there'):
+    with pytest.raises(weights.WeightsError, match='continues from there'):
         weights.fetch('rest_lite', origin='authors')
     assert not (folder / 'rest_lite.pth').exists()
     weights.fetch('rest_lite', origin='authors')
@@ -333,7 +333,7 @@ def test_from_elsewhere(where, drive, folder, tmp_path):
 def test_existing_file_is_left_alone(drive, folder):
     folder.mkdir()
     (folder / 'rest_lite.pth').write_bytes(b'mine')
-    with pytest.raises(weights.WeightsError, match='left as it is'):
+    with pytest.raises(weights.WeightsError, match='was not replaced'):
         weights.fetch('rest_lite')
     assert (folder / 'rest_lite.pth').read_bytes() == b'mine'
 

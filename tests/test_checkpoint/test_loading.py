@@ -146,7 +146,7 @@ def test_prefix_of_the_user(save):
         ),
         (
             lambda s: s.update({'norm.bias': torch.ones(4, dtype=torch.int8)}),
-            r'another nature \(1\): norm.bias \(integer for floating-point\)',
+            r'another kind \(1\): norm.bias \(integer for floating-point\)',
         ),
         (lambda s: s.update({'norm.bias': torch.ones(4).to_sparse()}), 'sparse'),
         (lambda s: s.update({'norm.bias': torch.ones(4).to(torch.cfloat)}), 'complex'),

@@ -150,7 +150,7 @@ def test_a_class_without_its_comma(cfg, finding, split, wrapped):
         part.dataset = dict(type='RepeatDataset', times=2, dataset=part.dataset)
     text = finding(cfg)
     where = f'{split}_dataloader.dataset{".dataset" * wrapped}'
-    assert f"{where}.metainfo.classes is the text 'box'" in text
+    assert f"{where}.metainfo.classes is 'box'" in text
     assert "add the comma: classes=('box',)" in text
 
 
@@ -227,7 +227,7 @@ def test_evaluator_that_judges_by_another_file(cfg, dataset, finding, as_list):
     where = f'val_evaluator{".1" * as_list}.ann_file'
     evaluator.ann_file = str(dataset / 'train.json')
     text = finding(cfg)
-    assert f'{where}: it judges by' in text and 'val_0.jpg' in text
+    assert f'{where}: it reads' in text and 'val_0.jpg' in text
     evaluator.ann_file = str(dataset / 'none.json')
     assert f'{where}: {dataset / "none.json"} does not exist' in finding(cfg)
     shutil.copy(dataset / 'val.json', dataset / 'copy.json')
@@ -302,7 +302,7 @@ def test_weights_named_one_level_too_high(cfg, finding, tmp_path):
 def test_test_sets_need_no_annotations(cfg, edit):
     edit(lambda content: content.pop('annotations'), 'val.json')
     (_, note), _ = check_config(cfg, 'test')
-    assert 'no annotations to judge by' in note
+    assert 'no annotations to evaluate with' in note
     cfg.test_evaluator.format_only = True
     assert len(check_config(cfg, 'test')) == 1
 

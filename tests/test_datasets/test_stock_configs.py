@@ -167,4 +167,4 @@ def test_faults_in_panoptic_files_are_found(panoptic, tmp_path):
         check_config(panoptic)
     text = str(error.value)
     assert 'category_id 999 in annotation 0' in text
-    assert 'val_evaluator.1.ann_file: it judges by' in text and '9.jpg' in text
+    assert 'val_evaluator.1.ann_file: it reads' in text and '9.jpg' in text

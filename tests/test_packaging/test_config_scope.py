@@ -134,7 +134,7 @@ def test_whole_config_as_one_file(tmp_path, capsys, monkeypatch, no_layout):
     output.write_text('mine')
     capsys.readouterr()
     assert main(args) == 1
-    assert 'exists and is left as it is' in capsys.readouterr().err
+    assert 'exists and is not replaced' in capsys.readouterr().err
     assert output.read_text() == 'mine'
     assert main(['mask_rcnn/rest_bas_fpn_1x', '--output', str(tmp_path / 'x.py')]) == 1
     assert 'Did you mean' in capsys.readouterr().err

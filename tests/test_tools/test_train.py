@@ -65,7 +65,7 @@ def test_damaged_newest_checkpoint(call, config, trained, tmp_path):
     output = call('train.py', config, *options, cwd=tmp_path)
     assert iterations(output) == [3, 4]
     warning = next(line for line in output.splitlines() if 'WARNING - last_' in line)
-    assert 'iter_4.pth' in warning and 'iter_2.pth, the newest that is' in warning
+    assert 'iter_4.pth' in warning and 'iter_2.pth, the newest complete' in warning
     check_folder(tmp_path)  # iter_4.pth is new
     for name in ('iter_2.pth', 'iter_4.pth'):
         os.truncate(tmp_path / name, 20000)
