@@ -168,6 +168,6 @@ def _described(path: PathLike) -> Iterator[None]:
             space += ' Your quota is used up.'
         raise CheckpointWriteError(
             f'{path} could not be written: {reason}. {space} Earlier checkpoints are '
-            f'whole, and no part of this one is left. {advice}; then continue with '
+            f'intact, and no part of this one is left. {advice}; then continue with '
             '--resume.'
         ) from error

@@ -120,8 +120,8 @@ def attention(
     """Compute plain attention, ``softmax(scale * q k^T) v``.
 
     Arguments as in :func:`head_interaction_attention`. Every ``attn_impl`` but
-    ``'dense'`` uses PyTorch's fused attention. It has no forward derivatives on CPUs, so
-    ``'auto'`` is ``'dense'`` under the transforms of ``torch.func``.
+    ``'dense'`` uses PyTorch's fused attention. That has no forward derivatives on
+    CPUs, so ``'auto'`` is ``'dense'`` under the transforms of ``torch.func``.
     """
     check_attn_impl(attn_impl)
     scale = q.shape[-1] ** -0.5 if scale is None else scale

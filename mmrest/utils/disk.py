@@ -20,7 +20,7 @@ def explain_disk_error(error: OSError, folder: str) -> Optional[str]:
     where = error.filename or f'a file in {os.path.abspath(folder)}'
     return (
         f'{where} could not be written: {error.strerror}. {free_space(folder)} '
-        'Checkpoints that were saved before are whole. Free space, or choose another '
+        'Checkpoints that were saved before are intact. Free space, or choose another '
         'folder with --work-dir; then continue with --resume.'
     )
 

@@ -25,7 +25,7 @@ def test_old_content_stays_until_the_new_is_whole(tmp_path, monkeypatch):
     atomic_write(path, b'old')
     with monkeypatch.context() as patch:
         patch.setattr(os, 'fsync', fail_to_sync)
-        with pytest.raises(CheckpointWriteError, match='nothing of this one is left'):
+        with pytest.raises(CheckpointWriteError, match='no part of this one is left'):
             atomic_write(path, b'new')
         with pytest.raises(OSError, match='full'), atomic_path(path) as beside:
             Path(beside).write_bytes(b'new')
