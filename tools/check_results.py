@@ -1,7 +1,7 @@
-"""Evaluate a checkpoint and compare with the figures that it should reach.
+"""Evaluate a checkpoint, and compare with the expected results.
 
-They stand in the config (expected_results) or in the model index. Exit status: 0 if
-all agree, 1 if one differs, 2 if nothing could be compared.
+These are in the config (expected_results) or in the model index. Exit status: 0 if all
+agree, 1 if one differs, 2 if nothing could be compared.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Show what a model finds in images, a video or the pictures of a camera."""
+"""Draw the predictions of a model for images, a video or a camera."""
 
 import argparse
 import sys
@@ -40,7 +40,7 @@ def parse_args() -> argparse.Namespace:
         '--score-thr',
         type=float,
         default=0.3,
-        help='lowest score of a box that is drawn; the JSON holds all [0.3]',
+        help='lowest score of boxes to draw; the JSON holds all [0.3]',
     )
     parser.add_argument(
         '--batch-size', type=positive, default=1, help='images at once [1]'

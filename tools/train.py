@@ -1,4 +1,4 @@
-"""Train the model that a config describes, with MMEngine's Runner."""
+"""Train the model of a config, with MMEngine's Runner."""
 
 import argparse
 import logging
@@ -52,7 +52,7 @@ def train(args: argparse.Namespace, cfg: launch.Config) -> None:
 
 
 def main() -> None:
-    # the signals' exception is a SystemExit with the status
+    # a signal raises a SystemExit with the status
     StopSignals().start()
     args = parse_args()
     with launch.short_errors('tools/train.py'):
@@ -66,7 +66,7 @@ def main() -> None:
             sys.exit(f'tools/train.py: {text}')
         except Preempted as stop:
             launch.end_process_group(stop.code)
-            raise  # it carries the exit status
+            raise  # it ends Python with the exit status
 
 
 if __name__ == '__main__':

@@ -80,7 +80,9 @@ def test_file_gives_what_the_model_gives(
         output = call('deployment/quantize.py', *options, cwd=tmp_path)
         # with random weights it is chance which of the boxes are left
         assert re.search(r'\d+ of [1-9]\d* detections', output)
-        before, after = re.search(r'([\d.]+) MB became ([\d.]+) MB', output).groups()
+        before, after = re.search(
+            r'([\d.]+) MB reduced to ([\d.]+) MB', output
+        ).groups()
         assert 0 < float(after) < float(before)
     if task in ('semantic_fpn', 'classifier'):
         batch = np.stack([np.asarray(Image.open(picture))] * 2)

@@ -28,7 +28,7 @@ def test_convolutions_are_of_8_bits(
 ):
     file, out = colour_detector(('red', 'green', 'blue')), tmp_path / f'small{ending}'
     output = call(TOOL, file, out, '--images', folder, '--limit', 2, cwd=tmp_path)
-    assert 'on the 2 pictures of the calibration 2 of 2 detections' in output
+    assert 'on the 2 pictures for calibration: 2 of 2 detections' in output
     assert {p.name for p in tmp_path.glob('small*')} - {'small.bin'} == {out.name}
     if ending == '.onnx':
         nodes = {node.output[0]: node for node in onnx.load(out).graph.node}

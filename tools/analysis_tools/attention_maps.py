@@ -1,4 +1,4 @@
-"""Draw what a point of an image attends to, for each stage and head of ResT."""
+"""Draw the attention of a point in an image, for each stage and head of ResT."""
 
 import argparse
 import sys
@@ -29,7 +29,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--out-dir',
         metavar='DIR',
-        help='new or empty folder for a picture a stage and the numbers '
+        help='new or empty folder for a picture per stage and the arrays '
         '[outputs/DATE_TIME]',
     )
     parser.add_argument('--device', help='such as cpu or cuda:0 [a GPU if there is]')

@@ -1,7 +1,7 @@
 """Measure time and memory of ResT, its dense form, and other backbones.
 
-Each model lives in a fresh process. Only one of them works at a time, and their
-measured steps alternate, so that a slow minute of the machine meets all of them.
+Each model runs in its own process. Only one of them works at a time, and their steps
+alternate, so that changes of the machine's speed affect all of them.
 docs/benchmark.md describes the method.
 """
 
@@ -99,7 +99,7 @@ def measure(
             if action == 'start':
                 workers[index] = Worker(row.subject, shape, settings)
                 row.memory = workers[index].peak_memory()
-                # waits until the warm-up, which follows, is over
+                # waits for the end of the warm-up
                 workers[index].time_step()
             else:
                 row.seconds.append(workers[index].time_step())
@@ -138,7 +138,7 @@ def main() -> int:
         torch.set_num_threads(args.threads)
     subjects = list_subjects(
         args.arch, args.dtype, args.with_cp, args.compile, args.peers,
-        # its rate has nothing to be compared with in training
+        # in training there is no rate to compare it with
         matmul=0 if args.train else args.matmul,
     )  # fmt: skip
     result = dict(
@@ -155,7 +155,7 @@ def main() -> int:
         print(f'\n{heading(shape, args.batch, args.train)}\n{table(new)}')
         for line in ratio_lines(new):
             print(line)
-        # after each shape: a sweep may be cut off
+        # after each shape, since a sweep may be interrupted
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             result.update(to_json(rows))

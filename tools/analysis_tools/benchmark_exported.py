@@ -1,8 +1,8 @@
 """Measure detectors in PyTorch, and their exported files: time and memory.
 
-Each way to run a detector has a process of its own, which imports what that way needs.
-Only one of them works at a time, and their measured steps alternate. Weights are drawn;
-the files that were written are used again.
+Each way to run a detector has its own process, with its own imports. Only one of them
+works at a time, and their steps alternate. Weights are random. Existing files are used
+again.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 TOOLS = Path(__file__).resolve().parents[1]
-# The ending of the file, and the precision.
+# Suffix of the file, and precision
 WAYS = {
     'PyTorch': ('.pth', ''),
     'torch.compile': ('.pth', 'compile'),
@@ -30,7 +30,7 @@ WAYS = {
     'OpenVINO, bfloat16': ('.xml', 'bfloat16'),
     'OpenVINO, 8 bits': ('_8bit.xml', 'float32'),
 }
-# What torch.compile is given.
+# Modules to compile
 NETWORKS = (
     'backbone',
     'neck',
@@ -39,13 +39,13 @@ NETWORKS = (
     'roi_head.bbox_head',
     'roi_head.mask_head',
 )
-# Of a picture of 352x480.
+# On a picture of 352x480
 CANDIDATES = 500
-PAUSE = 0.3  # seconds in which the threads of the other process fall asleep
+PAUSE = 0.3  # seconds until the threads of the other process are idle
 
 
 def parse_args() -> argparse.Namespace:
-    # only here and in main: other processes import this file, and some need no torch
+    # not at the top, since processes without torch import this file
     from mmrest.utils.text import parse_size
 
     parser = argparse.ArgumentParser(description=__doc__)
@@ -70,13 +70,13 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-# ------------------------------------------------- in processes of their own
+# ------------------------------------------------- in the other processes
 
 run = None  # of this process
 
 
 def write_files(config: str, stem: str, ways: Sequence[str]) -> None:
-    """Draw weights, and write the checkpoint, and files of it that are not there."""
+    """Draw weights, and write the checkpoint and missing files."""
     import torch
     from mmengine.config import Config
     from torch import nn
@@ -94,7 +94,7 @@ def write_files(config: str, stem: str, ways: Sequence[str]) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 and not name.startswith('backbone'):
             nn.init.kaiming_normal_(parameter)
-            # as many detections as a picture may have; no score near 1
+            # gives the largest number of detections, without scores near 1
             last = any(part in name for part in ('_cls.', '_reg.'))
             parameter.data *= 0.3 if last else 1.0
     if hasattr(model, 'bbox_head'):
@@ -117,9 +117,9 @@ def write_files(config: str, stem: str, ways: Sequence[str]) -> None:
 
 
 def thin_out(model: Any) -> None:
-    """Let as many scores of a RetinaNet exceed its threshold as of a trained one.
+    """Make as many scores of a RetinaNet exceed its threshold as of a trained one.
 
-    Otherwise half of them would, and MMDetection sorts all that do.
+    Otherwise half of them would, and MMDetection sorts all of these.
     """
     import torch
 
@@ -143,7 +143,7 @@ def build(config: str) -> Any:
 
 
 def load(way: str, config: str, stem: str) -> None:
-    """Make ``run`` of this process, a function of an image and a size."""
+    """Set ``run`` of this process, a function of an image and a size."""
     global run
     ending, precision = WAYS[way]
     path = Path(stem + ending)
@@ -161,7 +161,7 @@ def load(way: str, config: str, stem: str) -> None:
 
 
 def load_model(config: str, checkpoint: Path, compile: bool) -> Callable:
-    """MMDetection's own inference; compiled are the networks, not what is between."""
+    """Return MMDetection's own inference; if compiled, only of the networks."""
     import copy
 
     import torch
@@ -180,7 +180,7 @@ def load_model(config: str, checkpoint: Path, compile: bool) -> Callable:
 
 
 def step(image: np.ndarray) -> tuple[float, int]:
-    """Seconds of a step, and the number of detections."""
+    """Return the seconds of a step, and the number of detections."""
     size = np.array(image.shape[1:3])
     start = time.perf_counter()
     found = run(image, size)
@@ -188,7 +188,7 @@ def step(image: np.ndarray) -> tuple[float, int]:
 
 
 def peak_memory() -> int:
-    """The most memory that this process held, in bytes."""
+    """Return the peak memory of this process, in bytes."""
     lines = Path('/proc/self/status').read_text().splitlines()
     line = next(line for line in lines if line.startswith('VmHWM:'))
     return int(line.split()[1]) * 1024
@@ -202,7 +202,7 @@ def start_process() -> ProcessPoolExecutor:
 
 
 def measure(config: str, stem: str, args: argparse.Namespace) -> None:
-    """Measure the ways of a config, and print a table for each shape."""
+    """Measure a config in all ways, and print a table for each shape."""
     with start_process() as process:
         process.submit(write_files, config, stem, args.ways).result()
     processes = {way: start_process() for way in args.ways}

@@ -1,4 +1,4 @@
-"""Rows of measurements, the ratios between them, and both as text."""
+"""Measurements, the ratios between them, and their output as text and JSON."""
 
 import os
 import platform
@@ -16,16 +16,16 @@ MIB = 2**20
 
 @dataclass
 class Row:
-    """What was measured of a subject at a shape.
+    """The measurement of a subject at a shape.
 
     Attributes:
-        subject (Subject): what was measured.
-        shape (tuple[int, int]): height and width of the images.
-        batch (int): images of a step.
-        train (bool): whether a step is forward and backward.
-        memory (int, optional): bytes of the first step, above the model's own.
-        seconds (list[float]): of each measured step.
-        failure (str, optional): why there is no result.
+        subject (Subject): The subject.
+        shape (tuple[int, int]): Height and width of the images.
+        batch (int): Images per step.
+        train (bool): Whether a step is forward and backward.
+        memory (int, optional): Bytes that the first step needs, without the model.
+        seconds (list[float]): Of each measured step.
+        failure (str, optional): Why there is no result.
     """
 
     subject: Subject
@@ -38,18 +38,18 @@ class Row:
 
     @property
     def time(self) -> float:
-        """Median of the seconds for one image (for a product: one product)."""
+        """Median of the seconds per image (for a product, per product)."""
         return median(self.seconds) / (1 if self.subject.matmul else self.batch)
 
     @property
     def rate(self) -> Optional[float]:
-        """FLOP/s of the forward pass, two for each multiply-accumulate."""
+        """FLOP/s of the forward pass, two per multiply-accumulate."""
         macs = self.subject.macs(self.shape)
         return None if self.train or macs is None else 2 * macs / self.time
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, PyTorch, and whether there is AMX."""
+    """Describe the processor, cores, PyTorch, and whether there is AMX."""
     cpuinfo = Path('/proc/cpuinfo')
     text = cpuinfo.read_text() if cpuinfo.exists() else ''
     names = [
@@ -70,7 +70,7 @@ def machine() -> dict[str, Any]:
 
 
 def to_json(rows: list[Row]) -> dict[str, Any]:
-    """Rows and ratios as JSON takes them."""
+    """Return rows and ratios for JSON."""
     content = []
     for row in rows:
         entry = dict(name=row.subject.name, dtype=row.subject.dtype)
@@ -82,10 +82,10 @@ def to_json(rows: list[Row]) -> dict[str, Any]:
 
 
 def ratios(rows: list[Row]) -> list[dict[str, Any]]:
-    """Every comparison that the rows allow, each within one shape.
+    """Return all comparisons within a shape.
 
     ``faster`` is the speed of ``name`` as a multiple of that of ``than``; ``memory`` is
-    the share of its memory that ``name`` takes.
+    its memory as a share of that of ``than``.
     """
     done = [row for row in rows if row.seconds]
     return [
@@ -115,7 +115,7 @@ def _comparable(subject: Subject, other: Subject) -> bool:
 
 
 def growths(rows: list[Row]) -> Iterator[str]:
-    """How the time of a subject grows from each of its shapes to the next."""
+    """Describe how the time of a subject grows from each shape to the next."""
     previous = {}
     for row in (row for row in rows if row.seconds and not row.subject.matmul):
         first = previous.get(row.subject)
@@ -133,7 +133,7 @@ def growths(rows: list[Row]) -> Iterator[str]:
 
 
 def table(rows: list[Row]) -> str:
-    """One aligned line for each row."""
+    """Return an aligned line for each row."""
     header = ['', 'dtype', 'ms/image', '(min - max)', 'MiB', 'GFLOP/s', 'of product']
     products = {
         (row.subject.dtype, row.shape): row.rate
@@ -171,7 +171,7 @@ def _aligned(line: list[str], widths: list[int]) -> str:
 
 
 def ratio_lines(rows: list[Row]) -> Iterator[str]:
-    """The ratios as sentences."""
+    """Return the ratios as sentences."""
     for ratio in ratios(rows):
         memory = ratio['memory']
         if ratio['dtype'] != ratio['than_dtype']:
@@ -186,7 +186,7 @@ def ratio_lines(rows: list[Row]) -> Iterator[str]:
 
 
 def heading(shape: Shape, batch: int, train: bool) -> str:
-    """What the table below it is about."""
+    """Return the heading of a table."""
     work = 'forward + backward' if train else 'forward'
     return f'{work}, {_size(shape)}, batch {batch}'
 

@@ -1,4 +1,4 @@
-"""What the benchmark can measure: ResT, backbones of MMDetection, a product."""
+"""Subjects of the benchmark: ResT, backbones of MMDetection, a matrix product."""
 
 import logging
 from collections.abc import Iterator
@@ -23,26 +23,26 @@ PEERS = {
 
 
 def rest_of(arch: str) -> tuple[str, str]:
-    """The class and the arch of it that ``'v2-tiny'`` and the like stand for."""
+    """Return the class and its arch for names such as ``'v2-tiny'``."""
     start, _, end = arch.rpartition('-')
     return ('ResTV2' if start == 'v2' else 'ResT'), end
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One row of the table.
+    """A row of the table.
 
     Attributes:
-        name (str): what the table calls it, without the dtype.
-        dtype (str): 'float32', or a type that autocast (for a product: the
-            matrices) takes.
-        arch (str, optional): a ResT of this arch, with the three fields below; after
-            ``'v2-'`` a ResTV2.
-        attn_impl (str): as in :class:`mmrest.ResT`.
-        with_cp (bool): likewise.
-        compile (bool): whether the model goes through ``torch.compile``.
-        peer (str, optional): a key of ``PEERS``.
-        matmul (int): side of square matrices that are multiplied.
+        name (str): Name in the table, without the dtype.
+        dtype (str): 'float32', or the type of autocast (for a product, of the
+            matrices).
+        arch (str, optional): Arch of a ResT, with the three fields below; of a ResTV2
+            after ``'v2-'``.
+        attn_impl (str): As in :class:`mmrest.ResT`.
+        with_cp (bool): As in :class:`mmrest.ResT`.
+        compile (bool): Whether to use ``torch.compile``.
+        peer (str, optional): A key of ``PEERS``.
+        matmul (int): Side of square matrices to multiply.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Subject:
     matmul: int = 0
 
     def macs(self, shape: Shape) -> Optional[int]:
-        """Multiply-accumulates of one image's forward pass, where known."""
+        """Multiply-accumulates of an image's forward pass, if known."""
         if self.matmul:
             return self.matmul**3
         return sum(rest_macs(self.arch, shape)) if self.arch else None
@@ -64,20 +64,20 @@ class Subject:
 class Macs(NamedTuple):
     """Multiply-accumulates, by how they grow with the area A of the image."""
 
-    linear: int  # convolutions and linear layers: in proportion to A
-    quadratic: int  # products of queries, keys and values, and of heads: to A^2
+    linear: int  # convolutions and linear layers: proportional to A
+    quadratic: int  # products of queries, keys, values and heads: proportional to A^2
 
 
 def rest_macs(arch: str, shape: Shape) -> Macs:
-    """Count ResT's forward pass of one image, output norms left out.
+    """Count ResT's forward pass of one image, without output norms.
 
-    The products of the attention are counted as the definition has them: with a
-    map of N x M entries for each of h heads, q k^T and the product with v take
-    N M C each, and the 1x1 convolution over the heads h^2 N M.
+    The products of the attention are counted by its definition. With a map of N x M
+    entries for each of h heads, q k^T and the product with v take N M C each, and the
+    1x1 convolution over the heads takes h^2 N M.
 
     Args:
-        arch (str): as in :class:`Subject`.
-        shape (tuple[int, int]): height and width of the image.
+        arch (str): As in :class:`Subject`.
+        shape (tuple[int, int]): Height and width of the image.
     """
     from mmrest.models import rest, restv2
 
@@ -86,7 +86,7 @@ def rest_macs(arch: str, shape: Shape) -> Macs:
     height, width = (ceil(side / 2) for side in shape)
     dim = sizes.embed_dims[0]
     mid = dim // 2
-    # the stem's first convolutions; its last with stride 2 is the entry of stage 1
+    # the first convolutions of the stem; the last one is counted with stage 1
     linear = height * width * 9 * 3 * mid
     if model == 'ResT':
         linear += height * width * 9 * mid * mid
@@ -118,7 +118,7 @@ def list_subjects(
     peers: bool = False,
     matmul: int = 0,
 ) -> list[Subject]:
-    """The rows that the options of the command line ask for."""
+    """Return the rows for the options of the command line."""
     return [
         subject
         for dtype in dtypes
@@ -150,7 +150,7 @@ def _of_one_dtype(
 
 
 def build_model(subject: Subject) -> nn.Module:
-    """Build the backbone of a subject, with weights drawn at random."""
+    """Build the backbone of a subject, with random weights."""
     torch.manual_seed(0)
     if subject.arch:
         import mmrest
@@ -166,7 +166,7 @@ def build_model(subject: Subject) -> nn.Module:
 
 
 def _init_quietly(model: nn.Module) -> None:
-    """Draw the weights without MMEngine's lines about each of them."""
+    """Draw the weights without MMEngine's log of each of them."""
     from mmengine.logging import MMLogger
 
     logger = MMLogger.get_current_instance()

@@ -1,4 +1,4 @@
-"""One subject in a process of its own: its memory once, its time when asked."""
+"""Measure time and memory of a subject in its own process."""
 
 import ctypes
 import gc
@@ -17,22 +17,22 @@ import torch
 from benchmark_subjects import Shape, Subject, build_model
 
 GIB = 2**30
-# Loads the libraries and starts the threads before memory is measured.
+# Of a step that loads libraries and starts threads before memory is measured
 SMALL_SHAPE = (64, 96)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What holds for every subject of a run.
+    """Settings of all subjects of a run.
 
     Attributes:
-        batch (int): images of a step.
-        train (bool): whether a step is forward and backward, in training mode.
-        device (str): device of model and images.
-        threads (int, optional): PyTorch's threads; its own choice by default.
-        warmup (int): steps between the first one and the measured ones.
+        batch (int): Images per step.
+        train (bool): Whether a step is forward and backward, in training mode.
+        device (str): Device of model and images.
+        threads (int, optional): Threads of PyTorch. Default: None, PyTorch's choice.
+        warmup (int): Steps between the first one and the measured ones.
         memory_limit (float, optional): GiB that the process (on a CPU) or
-            PyTorch's allocator (elsewhere) may hold.
+            PyTorch's allocator (elsewhere) may use.
     """
 
     batch: int = 1
@@ -48,10 +48,10 @@ class SubjectFailed(Exception):
 
 
 class Worker:
-    """The parent's handle on the process of one subject.
+    """The parent's interface to the process of a subject.
 
     Raises:
-        SubjectFailed: from every method, if the process reports an error or dies.
+        SubjectFailed: From all methods, if the process reports an error or dies.
     """
 
     def __init__(self, subject: Subject, shape: Shape, settings: Settings) -> None:
@@ -61,15 +61,15 @@ class Worker:
             target=_serve, args=(other_end, subject, shape, settings), daemon=True
         )
         self.process.start()
-        # so that the death of the process ends recv()
+        # so that recv() ends if the process dies
         other_end.close()
 
     def peak_memory(self) -> Optional[int]:
-        """Wait for the first step; bytes at its peak above those before it."""
+        """Wait for the first step, and return the bytes it needs at its peak."""
         return self._receive()
 
     def time_step(self) -> float:
-        """Seconds of one more step."""
+        """Run another step, and return its seconds."""
         self.connection.send('step')
         return self._receive()
 
@@ -109,10 +109,10 @@ def _serve(
             torch.set_num_threads(settings.threads)
         device = torch.device(settings.device)
         step = _make_step(subject, settings, device)
-        # the image is no part of the memory that is measured
+        # memory of the image is not measured
         image = torch.randn(settings.batch, 3, *shape, device=device)
         small = torch.randn(settings.batch, 3, *SMALL_SHAPE, device=device)
-        # a compiled model is one for each shape: compile before memory is measured
+        # compile for the shape before memory is measured
         step(image if subject.compile else small)
         _limit_memory(settings)
         connection.send(('memory', _peak_memory(lambda: step(image), device)))
@@ -120,7 +120,7 @@ def _serve(
             step(image)
         while connection.recv() == 'step':
             connection.send(('time', step(image)))
-    except EOFError:  # the parent has what it wants
+    except EOFError:  # the parent has ended
         return
     except Exception as error:
         connection.send(('failed', _reason(error)))
@@ -138,7 +138,7 @@ def _reason(error: Exception) -> str:
 def _make_step(
     subject: Subject, settings: Settings, device: torch.device
 ) -> Callable[[torch.Tensor], float]:
-    """A function that runs one step on images and returns its seconds."""
+    """Return a function that runs a step on images and returns its seconds."""
     run = _product(subject, device) if subject.matmul else None
     run = run or _backbone(subject, settings, device)
 
@@ -162,7 +162,7 @@ def _product(subject: Subject, device: torch.device) -> Callable:
 
 def _backbone(subject: Subject, settings: Settings, device: torch.device) -> Callable:
     model = build_model(subject).to(device)
-    model.train(settings.train)  # MMDetection's return nothing here
+    model.train(settings.train)  # some of MMDetection's return None here
     call = torch.compile(model, dynamic=False) if subject.compile else model
     grads = {}
 
@@ -179,7 +179,7 @@ def _backbone(subject: Subject, settings: Settings, device: torch.device) -> Cal
         with autocast():
             outs = call(image)
         if image.shape not in grads:
-            # at random: a loss such as the sum has no gradient before a LayerNorm
+            # random, since the sum has a gradient of 0 before a LayerNorm
             grads[image.shape] = [torch.randn_like(out) for out in outs]
         torch.autograd.backward(outs, grads[image.shape])
         model.zero_grad(set_to_none=True)
@@ -193,20 +193,19 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _peak_memory(run: Callable, device: torch.device) -> Optional[int]:
-    """Bytes that ``run`` takes at its peak; None where the system cannot tell."""
+    """Return the bytes that ``run`` needs at its peak, or None if unknown."""
     gc.collect()
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    before = _status('VmRSS')
-    if before is None:
+    if _status('VmRSS') is None:
         run()
         return None
     _trim_heap()
     before = _status('VmRSS')
-    # 5 sets the peak (VmHWM) back to the present
+    # 5 resets the peak (VmHWM)
     Path('/proc/self/clear_refs').write_text('5')
     run()
     return max(0, _status('VmHWM') - before)
@@ -223,14 +222,14 @@ def _status(field: str) -> Optional[int]:
 
 
 def _trim_heap() -> None:
-    """Hand free memory back, where the C library (glibc) can."""
+    """Return free memory to the system, if the C library (glibc) can."""
     trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
     if trim is not None:
         trim(0)
 
 
 def _limit_memory(settings: Settings) -> None:
-    """Let allocations fail, rather than the machine, beyond the limit."""
+    """Let allocations beyond the limit fail."""
     limit = settings.memory_limit
     device = torch.device(settings.device)
     if device.type == 'cuda':
@@ -247,7 +246,7 @@ def _limit_memory(settings: Settings) -> None:
     free = _available()
     if limit is not None:
         free = min(free, int(limit * GIB) - resident)
-    # address space counts libraries too, so the limit is on what comes on top
+    # the address space includes libraries, so the limit is on further allocations
     soft = _status('VmSize') + max(0, free)
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     if hard != resource.RLIM_INFINITY:

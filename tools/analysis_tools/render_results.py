@@ -1,7 +1,7 @@
-"""Print the table of results in Markdown, or put it into a file.
+"""Print the table of results in Markdown, or update a file.
 
-With a file, what stands between <!-- results:begin --> and <!-- results:end -->
-is replaced.
+In a file, the part between <!-- results:begin --> and <!-- results:end --> is
+replaced.
 """
 
 import argparse

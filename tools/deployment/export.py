@@ -1,4 +1,4 @@
-"""Write a trained model as a file of ONNX, OpenVINO or PyTorch's export."""
+"""Export a trained model to a file of ONNX, OpenVINO or PyTorch's export."""
 
 import argparse
 import copy
@@ -31,7 +31,7 @@ def parse_args() -> argparse.Namespace:
         '--verify',
         nargs='+',
         metavar='IMAGE',
-        help='pictures on which the file is compared with PyTorch, at three sizes each '
+        help='pictures for comparing the file with PyTorch, in three sizes each '
         '[a drawn one]',
     )
     parser.add_argument(
@@ -41,8 +41,8 @@ def parse_args() -> argparse.Namespace:
         '--masks',
         choices=('image', 'box'),
         default='image',
-        help='of a Mask R-CNN: image, of the size of the picture, or box, the '
-        'probabilities in each box (28x28) [image]',
+        help="masks of a Mask R-CNN: 'image', in the size of the picture, or 'box', "
+        'probabilities within each box (28x28) [image]',
     )
     parser.add_argument('--opset', type=int, help="version of ONNX's operators [20]")
     parser.add_argument(
@@ -81,16 +81,16 @@ def export(args: argparse.Namespace) -> None:
     _load_checkpoint_to_model(model, checkpoint)
     module = deployment.exportable(copy.deepcopy(model), args.masks == 'image')
     metadata = deployment.describe(module, cfg, checkpoint, Path(args.config).name)
-    with deployment.staged(path) as beside:
+    with deployment.staged(path) as temporary:
         program = deployment.capture(module)
-        deployment.write(program, beside, metadata, args.opset)
+        deployment.write(program, temporary, metadata, args.opset)
         if not args.no_verify:
-            module.model = model  # as it was trained
+            module.model = model  # without merged BatchNorms
             to_size = partial(resize, pipeline=metadata['pipeline'])
             is_archive = path.suffix == '.pt2'
             kind = deployment.ExportedProgram if is_archive else ExportedModel
             pictures = pictures or [draw_picture()]
-            print(verify(kind(beside).run, module, pictures, to_size))
+            print(verify(kind(temporary).run, module, pictures, to_size))
     print(f'written to {path}')
 
 

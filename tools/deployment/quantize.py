@@ -1,4 +1,4 @@
-"""Make an exported .onnx file one of 8 bits, by what its layers give for pictures."""
+"""Quantise an exported .onnx file to 8 bits, with pictures for calibration."""
 
 import argparse
 import sys
@@ -15,20 +15,22 @@ from run_exported import ExportedModel, read_picture  # noqa: E402
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('file', help='NAME.onnx of tools/deployment/export.py')
-    parser.add_argument('out', help='file to write: NAME.onnx, or NAME.xml of OpenVINO')
+    parser.add_argument('file', help='NAME.onnx from tools/deployment/export.py')
+    parser.add_argument(
+        'out', help='file to write: NAME.onnx, or NAME.xml for OpenVINO'
+    )
     parser.add_argument(
         '--images',
         required=True,
         metavar='FOLDER',
-        help='pictures of the task, such as those of the training data',
+        help='pictures of the task, such as training data',
     )
     parser.add_argument(
         '--limit',
         type=int,
         default=100,
         metavar='N',
-        help='pictures that are used [100]',
+        help='largest number of pictures [100]',
     )
     parser.add_argument(
         '--force', action='store_true', help='replace the file if it exists'
@@ -63,26 +65,26 @@ def quantize(args: argparse.Namespace) -> None:
 
     model = ExportedModel(source)
     pictures = find_pictures(Path(args.images), args.limit)
-    with staged(target) as beside:
+    with staged(target) as temporary:
         names = model.metadata['inputs']
         prepared = (model.prepare(read_picture(path)) for path in pictures)
         inputs = ({name: given[name] for name in names} for given in prepared)
-        to_8_bits(source, beside, inputs)
-        new = ExportedModel(beside)
+        to_8_bits(source, temporary, inputs)
+        new = ExportedModel(temporary)
         results = []
         for path in pictures:
             picture = read_picture(path)
             results.append((new(picture), model(picture)))
     weights = target.with_suffix('.bin' if target.suffix == '.xml' else '.onnx')
     sizes = [path.stat().st_size / 1e6 for path in (source, weights)]
-    print(f'{sizes[0]:.1f} MB became {sizes[1]:.1f} MB')
+    print(f'{sizes[0]:.1f} MB reduced to {sizes[1]:.1f} MB')
     differences = describe_differences(model.metadata['task'], results)
-    print(f'on the {len(pictures)} pictures of the calibration {differences}')
+    print(f'on the {len(pictures)} pictures for calibration: {differences}')
     print(f'written to {target}')
 
 
 def find_pictures(folder: Path, limit: int) -> list[Path]:
-    """The first pictures of a folder, by name."""
+    """Return the first pictures of a folder, by name."""
     if limit < 1:
         raise ExportError(f'--limit must be 1 or more, found {limit}')
     endings = Image.registered_extensions()

@@ -1,7 +1,7 @@
 """Run an exported file on pictures, without PyTorch.
 
-It needs NumPy, Pillow, and onnxruntime or openvino. :class:`ExportedModel` is what a
-service needs; copy it.
+It needs NumPy, Pillow, and onnxruntime or openvino. To run a file in a service, copy
+:class:`ExportedModel`.
 """
 
 import argparse
@@ -20,18 +20,18 @@ class ExportedModel:
     """A file of tools/deployment/export.py in its runtime.
 
     Args:
-        path (str | Path): ``.onnx`` for ONNX Runtime, ``.xml`` for OpenVINO, its
-            ``.bin`` beside it.
+        path (str | Path): ``.onnx`` for ONNX Runtime, or ``.xml`` for OpenVINO, with
+            its ``.bin`` in the same folder.
         device (str): ``'CPU'``, ``'CUDA'`` (ONNX Runtime), ``'GPU'`` (OpenVINO) or
-            what else the runtime has. Default: ``'CPU'``.
-        precision (str): Of OpenVINO: ``'float32'``, or ``'bfloat16'`` on CPUs that
-            have it, which is faster and less exact. Default: ``'float32'``.
+            another device of the runtime. Default: ``'CPU'``.
+        precision (str): For OpenVINO: ``'float32'``, or ``'bfloat16'`` on CPUs that
+            support it, which is faster and less exact. Default: ``'float32'``.
 
     Attributes:
-        metadata (dict): Classes, score threshold, and what is done to an image.
+        metadata (dict): Classes, score threshold, and the preprocessing.
 
     Raises:
-        ValueError: If the file, the device or the precision is none of those.
+        ValueError: If the file, the device or the precision cannot be used.
     """
 
     def __init__(self, path, device='CPU', precision='float32'):
@@ -51,19 +51,19 @@ class ExportedModel:
                 text, self._run = open_openvino(path, device, PRECISIONS[precision])
         except ValueError:
             raise
-        except Exception as error:  # each runtime has kinds of its own
+        except Exception as error:  # the runtimes have errors of their own
             raise ValueError(f'{path} cannot be read: {error}') from error
         if not text:
             raise ValueError(f'{path} was not made by tools/deployment/export.py')
         self.metadata = json.loads(text)
 
     def run(self, image, size):
-        """Run the file on images that have their size.
+        """Run the file on images that have been resized.
 
         Args:
             image (ndarray): Of shape (B, H, W, 3) and type uint8, RGB.
-            size (ndarray): Height and width of the picture before it was resized,
-                which boxes and masks are made for.
+            size (ndarray): Height and width of the picture before resizing, for which
+                boxes and masks are computed.
 
         Returns:
             dict[str, ndarray]: The outputs by name.
@@ -79,7 +79,7 @@ class ExportedModel:
         return dict(zip(self.metadata['outputs'], results))
 
     def prepare(self, picture):
-        """The arguments of :meth:`run` for a picture (H, W, 3), RGB, of any size."""
+        """Return the arguments of :meth:`run` for a picture (H, W, 3), RGB."""
         picture = np.ascontiguousarray(picture)
         if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
             raise ValueError(
@@ -95,7 +95,7 @@ class ExportedModel:
 
 
 def open_onnx(path, device):
-    """Metadata of a file, and a function from inputs by name to a list of outputs."""
+    """Return the metadata of a file, and a function from inputs to outputs."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -113,7 +113,7 @@ def open_onnx(path, device):
 
 
 def open_openvino(path, device, precision):
-    """The same with OpenVINO."""
+    """The same as :func:`open_onnx`, with OpenVINO."""
     try:
         import openvino
     except ImportError as error:
@@ -124,7 +124,7 @@ def open_openvino(path, device, precision):
         raise ValueError(f'openvino has no device {device}, but {", ".join(known)}')
     model = core.read_model(path)
     text = model.get_rt_info(KEY).astype(str) if model.has_rt_info(KEY) else ''
-    # else it takes bfloat16 where the CPU has it
+    # the default is bfloat16 on CPUs that support it
     options = {'INFERENCE_PRECISION_HINT': precision}
     compiled = core.compile_model(model, device, options)
 
@@ -139,13 +139,13 @@ def open_openvino(path, device, precision):
 
 
 def read_picture(path):
-    """Read a picture, (H, W, 3), RGB, turned as its EXIF orientation says."""
+    """Read a picture (H, W, 3), RGB, and apply its EXIF orientation."""
     with Image.open(path) as image:
         return np.asarray(ImageOps.exif_transpose(image).convert('RGB'))
 
 
 def resize(picture, pipeline):
-    """Take the steps of a test pipeline that change the size of a picture."""
+    """Apply the steps of a test pipeline that resize or crop a picture."""
     for step in pipeline:
         height, width = picture.shape[:2]
         if step['type'] == 'CenterCrop':
@@ -167,7 +167,7 @@ def resize(picture, pipeline):
 
 
 def scale(picture, target, backend, way):
-    """Resize to (width, height) with the library that the model was tested with."""
+    """Resize to (width, height) with the library of the test pipeline."""
     if backend == 'pillow':
         ways = Image.Resampling
         way = {'bilinear': ways.BILINEAR, 'bicubic': ways.BICUBIC}[way]
@@ -179,7 +179,7 @@ def scale(picture, target, backend, way):
 
 
 def centre_crop(picture, size):
-    """Cut a square or (height, width) out of the middle."""
+    """Crop a square or (height, width) from the centre."""
     height, width = (size, size) if isinstance(size, int) else size
     y = max(0, int(round((picture.shape[0] - height) / 2)))
     x = max(0, int(round((picture.shape[1] - width) / 2)))
@@ -187,12 +187,12 @@ def centre_crop(picture, size):
 
 
 def colour(label):
-    """A colour of a class."""
+    """Return the colour of a class."""
     return tuple(int(c) for c in np.random.default_rng(label).integers(64, 256, 3))
 
 
 def draw_detections(picture, found, classes, threshold):
-    """Boxes, names and masks on a copy of a picture."""
+    """Draw boxes, names and masks on a copy of a picture."""
     canvas = picture.copy()
     shown = [i for i, score in enumerate(found['scores']) if score >= threshold]
     for i in shown:
@@ -212,7 +212,7 @@ def draw_detections(picture, found, classes, threshold):
 
 
 def run_lengths(mask):
-    """A mask in COCO's uncompressed run lengths, by columns, beginning with zeros."""
+    """Encode a mask in COCO's uncompressed run lengths, column by column."""
     flat = np.concatenate([[0], mask.T.reshape(-1).astype(np.int8), [0]])
     changes = np.flatnonzero(np.diff(flat))
     counts = np.diff(np.concatenate([[0], changes])).tolist()
@@ -221,7 +221,7 @@ def run_lengths(mask):
 
 
 def list_detections(found, classes):
-    """Detections as a list, the best first."""
+    """Return detections as a list, by descending score."""
     result = []
     for i, label in enumerate(found['labels'].tolist()):
         entry = dict(
@@ -238,13 +238,13 @@ def list_detections(found, classes):
 
 
 def colour_labels(picture, labels):
-    """A picture with the colours of its labels."""
+    """Return a picture in the colours of its labels."""
     palette = np.array([colour(i) for i in range(int(labels.max()) + 1)])
     return Image.fromarray((picture * 0.5 + palette[labels] * 0.5).astype(np.uint8))
 
 
 def report(found, picture, metadata, threshold):
-    """What is written of a picture: an image, and what goes into the JSON file."""
+    """Return a drawing for a picture, and the content of its JSON file."""
     classes = metadata['classes']
     if metadata['task'] == 'detection':
         image = draw_detections(picture, found, classes, threshold)
@@ -264,20 +264,20 @@ def report(found, picture, metadata, threshold):
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('file', help='an .onnx or .xml file of export.py')
+    parser.add_argument('file', help='an .onnx or .xml file from export.py')
     parser.add_argument('images', nargs='+', metavar='image', help='pictures')
     parser.add_argument(
         '--out', required=True, help='folder for NAME.png and NAME.json of each picture'
     )
     parser.add_argument(
-        '--score', type=float, default=0.3, help='draw detections from here on [0.3]'
+        '--score', type=float, default=0.3, help='lowest score to draw [0.3]'
     )
-    parser.add_argument('--device', default='CPU', help='of the runtime [CPU]')
+    parser.add_argument('--device', default='CPU', help='device of the runtime [CPU]')
     parser.add_argument(
         '--precision',
         choices=tuple(PRECISIONS),
         default='float32',
-        help='of OpenVINO [float32]; bfloat16 is faster and less exact',
+        help='for OpenVINO [float32]; bfloat16 is faster and less exact',
     )
     return parser.parse_args()
 

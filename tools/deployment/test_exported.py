@@ -28,7 +28,7 @@ def parse_args() -> argparse.Namespace:
         '--precision',
         choices=tuple(PRECISIONS),
         default='float32',
-        help='of OpenVINO [float32]; bfloat16 is faster and less exact',
+        help='for OpenVINO [float32]; bfloat16 is faster and less exact',
     )
     launch.add_work_dir_arguments(parser)
     parser.set_defaults(launcher='none', local_rank=0)
@@ -37,10 +37,10 @@ def parse_args() -> argparse.Namespace:
 
 @MODELS.register_module(force=True)  # a tool may run twice in a process
 class ExportedPredictor(BaseModel):
-    """An exported file in place of the model of a config.
+    """Runs an exported file in place of the model of a config.
 
     Args:
-        file (str): As of ``tools/deployment/export.py``.
+        file (str): From ``tools/deployment/export.py``.
         precision (str): See ``ExportedModel``. Default: ``'float32'``.
 
     Raises:
@@ -66,10 +66,10 @@ class ExportedPredictor(BaseModel):
         )[task]
 
     def forward(self, inputs: Any, data_samples: Any, mode: str) -> None:
-        """BaseModel wants it; the Runner calls ``test_step``."""
+        """Required by BaseModel; the Runner calls ``test_step``."""
 
     def test_step(self, data: dict) -> list[Any]:
-        """Predict, one image after the other, since their sizes differ.
+        """Predict for one image after the other, since their sizes differ.
 
         Args:
             data (dict): ``inputs``, images of shape (3, H, W), BGR, uint8, and their
