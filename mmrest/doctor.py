@@ -33,7 +33,7 @@ NEEDED = ('numpy', 'torch', 'mmengine', 'mmcv')
 OPTIONAL = ('torchvision', 'cv2', 'pycocotools', 'mmdet', 'mmseg', 'mmpretrain')
 REQUIREMENTS = (
     Requirement('numpy', 'numpy'),
-    Requirement('torch', 'torch', '>=2.4', 'torch', '>=2.4'),
+    Requirement('torch', 'torch', '>=2.4'),
     Requirement('torchvision', 'torchvision'),
     # the last setuptools with pkg_resources, which OpenMMLab's mmengine imports
     Requirement('pkg_resources', 'setuptools', '<81', 'setuptools', ''),

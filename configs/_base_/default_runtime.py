@@ -26,7 +26,7 @@ log_level = 'INFO'
 env_cfg = dict(
     cudnn_benchmark=False,
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
-    # Where there is no CUDA, tools/train.py and tools/test.py take gloo.
+    # Without CUDA, tools/train.py and tools/test.py use gloo.
     dist_cfg=dict(backend='nccl'),
 )
 

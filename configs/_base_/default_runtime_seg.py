@@ -2,7 +2,7 @@
 _base_ = './default_runtime.py'
 
 default_scope = 'mmseg'
-# Names the file of a label image with an index that is no class.
+# Reports label images with an index that is no class.
 custom_hooks = [
     dict(type='mmrest.hooks.CheckNonFiniteHook'),
     dict(type='mmrest.hooks.PreemptionHook'),

@@ -1,8 +1,8 @@
-# BCCD, blood cells in 364 micrographs of 640x480 pixels: 205 to train on, 87 to
-# validate, 72 to test. COCO format, in data/bccd; MIT licence,
-# https://github.com/Shenggan/BCCD_Dataset. Half the size is enough for minutes on two
-# CPU cores: red cells then measure about 50 pixels, platelets 17. Loaders, optimizer
-# and schedule are those of the demo.
+# BCCD, blood cells in 364 micrographs of 640x480 pixels: 205 for training, 87 for
+# validation, 72 for testing. COCO format, in data/bccd; MIT licence,
+# https://github.com/Shenggan/BCCD_Dataset. At half the size, red cells have about 50
+# pixels, platelets 17, and a training takes minutes on two CPU cores. Loaders,
+# optimizer and schedule are those of the demo.
 _base_ = '../demo/coco_minutes.py'
 
 data_root = 'data/bccd/'
@@ -13,7 +13,7 @@ train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True),
     dict(type='Resize', scale=scale, keep_ratio=True),
-    # Cells lie in any direction.
+    # cells have any orientation
     dict(
         type='RandomFlip', prob=0.75, direction=['horizontal', 'vertical', 'diagonal']
     ),

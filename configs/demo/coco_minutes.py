@@ -14,7 +14,7 @@ train_pipeline = [
 val_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=scale, keep_ratio=True),
-    # After Resize, so that the ground truth in the pictures fits the files.
+    # After Resize, so that the ground truth fits the original images.
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(
         type='PackDetInputs',
@@ -68,7 +68,7 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=40),
-    # down to 2 % at the last iteration, whatever train_cfg.max_iters says
+    # down to 2 % at the last iteration of train_cfg.max_iters
     dict(type='CosineAnnealingLR', by_epoch=False, begin=0, eta_min_ratio=0.02),
 ]
 

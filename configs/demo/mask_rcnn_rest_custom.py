@@ -1,6 +1,6 @@
-# The demo's detector on a user's own COCO-format data (`make demo DATA=...`).
-# projects/demo/run.py fills in paths and classes. For a serious training take
-# configs/mask_rcnn/ and ImageNet weights; this one starts from nothing.
+# The demo's detector for the user's own data in COCO format (`make demo DATA=...`).
+# projects/demo/run.py sets paths and classes. This one starts from random weights; for
+# better results, use configs/mask_rcnn/ and ImageNet weights.
 _base_ = './mask_rcnn_rest_fruit.py'
 
 strides = [4, 8, 16, 32, 64]

@@ -1,6 +1,6 @@
-# The demo's detector on a user's own boxes without masks (`make demo DATA=...`).
-# projects/demo/run.py fills in paths and classes. For a serious training take
-# configs/retinanet/ and ImageNet weights; this one starts from nothing.
+# The demo's detector for the user's own boxes without masks (`make demo DATA=...`).
+# projects/demo/run.py sets paths and classes. This one starts from random weights; for
+# better results, use configs/retinanet/ and ImageNet weights.
 _base_ = ['../_base_/models/retinanet_rest_small_fpn.py', './coco_minutes.py']
 
 width = 96  # channels of FPN and head

@@ -6,7 +6,7 @@ _base_ = [
 ]
 
 train_dataloader = dict(batch_size=256)
-# The average of the weights is what is evaluated and saved.
+# The averaged weights are evaluated and saved.
 custom_hooks = [
     dict(type='EMAHook', momentum=1e-4, priority='ABOVE_NORMAL'),
     dict(type='mmrest.hooks.CheckNonFiniteHook'),

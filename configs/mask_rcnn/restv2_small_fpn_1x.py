@@ -1,4 +1,4 @@
-# The published recipe for a third of its iterations; the authors have no such run.
+# The published recipe with a third of its iterations; the authors have no such run.
 _base_ = [
     '../_base_/models/mask_rcnn_restv2_small_fpn.py',
     '../_base_/datasets/coco_instance_crop.py',

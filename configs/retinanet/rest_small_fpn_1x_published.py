@@ -1,6 +1,6 @@
 _base_ = './rest_small_fpn_1x.py'
 
-# For the checkpoints that the authors published, and for nothing else. They were
+# Only for the checkpoints that the authors published. They were
 # trained on BGR pixels with this mean and no scaling, the default of their
 # framework, and need the same at test time; an author later called it a mistake.
 # Resizing by Pillow, the rest of their input, is in the base already.

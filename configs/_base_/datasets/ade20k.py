@@ -20,7 +20,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(2048, 512), keep_ratio=True),
-    # After Resize: predictions are scaled back and judged at the labels' size.
+    # After Resize: predictions are evaluated at the size of the labels.
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs'),
 ]
@@ -45,7 +45,7 @@ tta_pipeline = [
 ]
 
 train_dataloader = dict(
-    batch_size=2,  # a GPU; see the schedule for the whole batch
+    batch_size=2,  # per GPU; see the schedule for the whole batch
     num_workers=4,
     persistent_workers=True,
     # The schedule counts iterations, so the sampler never ends.

@@ -28,7 +28,7 @@ test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='CheckImageSize'),
     dict(type='Resize', scale=(1333, 800), keep_ratio=True, backend='pillow'),
-    # Serves the ground truth beside the predictions in `--show-dir`.
+    # For the ground truth in the pictures of `--show-dir`.
     dict(type='LoadAnnotations', with_bbox=True),
     dict(
         type='PackDetInputs',
@@ -66,7 +66,7 @@ tta_pipeline = [
 ]
 
 train_dataloader = dict(
-    batch_size=2,  # a GPU; see the schedule for the whole batch
+    batch_size=2,  # per GPU; see the schedule for the whole batch
     num_workers=2,
     persistent_workers=True,
     # The schedule counts iterations, so the sampler never ends.

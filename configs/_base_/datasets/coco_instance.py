@@ -2,7 +2,7 @@
 _base_ = './coco_detection.py'
 
 train_pipeline = _base_.train_pipeline
-# Polygons stay polygons until they are cut out for a proposal, as in the published
+# Polygons are only rasterised for each proposal, as in the published
 # recipe. RLE masks are only possible with poly2mask=True.
 train_pipeline[2] = dict(
     type='LoadAnnotations', with_bbox=True, with_mask=True, poly2mask=False

@@ -42,7 +42,7 @@ test_pipeline = [
     dict(type='CenterCrop', crop_size=224),
     dict(type='PackInputs'),
 ]
-# For `tools/test.py --tta`: the picture and its mirror image.
+# For `tools/test.py --tta`: the image and its mirror image.
 tta_pipeline = [
     dict(type='LoadImageFromFile'),
     resize,

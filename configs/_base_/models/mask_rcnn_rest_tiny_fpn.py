@@ -42,7 +42,7 @@ model = dict(
         ),
         mask_head=dict(num_convs=2, in_channels=width, conv_out_channels=width),
     ),
-    # Few proposals: there are few objects in a picture.
+    # Few proposals, since there are few objects in an image.
     train_cfg=dict(rpn_proposal=dict(nms_pre=200, max_per_img=60)),
     test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=60)),
 )

@@ -19,7 +19,7 @@ model = dict(
         # Stage 1 is not requested, so stage 2 receives its map without a norm.
         out_indices=(1, 2, 3),
         drop_path_rate=0.1,
-        # A requested stage's normalised map is what the next stage receives.
+        # The next stage receives the normalised map of a requested stage.
         out_norm='chain',
         # Nothing is frozen: whether the published runs froze the stem and stage 1
         # (frozen_stages=1, the default of their framework) is not known, and the
