@@ -28,6 +28,7 @@ from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
 from torch import nn
 from torch.random import fork_rng
+from yaml import YAMLError
 
 from .checkpoint import (
     CheckpointError,
@@ -49,6 +50,19 @@ from .utils.results import ResultsError
 # The extra of pip that installs each toolbox
 EXTRAS = dict(mmdet='det', mmseg='seg', mmpretrain='cls')
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
+
+
+# What MMEngine raises for a file that is no config, or that has no base.
+_READ_ERRORS = (
+    AssertionError,
+    ImportError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    ValueError,
+    YAMLError,
+)
 
 
 class LaunchError(ValueError):
@@ -82,6 +96,19 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
 
+class OverrideAction(DictAction):
+    """MMEngine's reading of ``KEY=VALUE``, with a usage error for what is none."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, *args: Any) -> None:
+        for text in values:
+            if '=' not in text:
+                parser.error(
+                    f'{text!r} is no KEY=VALUE. Everything that follows --cfg-options '
+                    'must be one, up to the next option; name files before it.'
+                )
+        super().__call__(parser, namespace, values, *args)
+
+
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the config, and the option that overrides its fields."""
     parser.add_argument(
@@ -91,7 +118,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=OverrideAction,
         metavar='KEY=VALUE',
         help='override fields of the config, e.g. train_cfg.max_iters=100 '
         'model.backbone.init_cfg=None "a.b=[(1,2),(3,4)]"',
@@ -150,15 +177,20 @@ def short_errors(tool: str, status: int = 1) -> Iterator[None]:
         sys.exit(status)
 
 
-def load_config(name: str, cfg_options: Optional[dict] = None) -> Config:
+def load_config(
+    name: str, cfg_options: Optional[dict] = None, needs_model: bool = True
+) -> Config:
     """Read a config, and override some of its fields.
 
     Args:
         name (str): A path, or ``package::folder/name.py`` as in ``_base_``.
         cfg_options (dict, optional): New values by dotted name.
+        needs_model (bool): Whether a config without ``model`` is refused.
+            Default: True.
 
     Raises:
-        LaunchError: If there is no such config, or its toolbox is not installed.
+        LaunchError: If there is no such config, it cannot be read, the options do not
+            fit it, or its toolbox is not installed.
     """
     # MMEngine loads some addresses unsafely, and OneDL's MMEngine some files
     force_safe_loading()
@@ -166,7 +198,17 @@ def load_config(name: str, cfg_options: Optional[dict] = None) -> Config:
     cfg = _read(name)
     check_toolbox(cfg, name)
     if cfg_options:
-        cfg.merge_from_dict(cfg_options)
+        try:
+            cfg.merge_from_dict(cfg_options)
+        except (KeyError, TypeError) as error:
+            raise LaunchError(
+                f'--cfg-options do not fit {name}: {error.args[0]}'
+            ) from error
+    if needs_model and not isinstance(cfg.get('model'), dict):
+        raise LaunchError(
+            f'{name} has no model, but {cfg.get("model")!r}. Give a whole config, as '
+            'those in the folders of configs/ beside _base_.'
+        )
     return cfg
 
 
@@ -188,19 +230,19 @@ def load_run_config(args: argparse.Namespace) -> Config:
 
 
 def _read(name: str) -> Config:
-    if '::' in name:
-        own = name.startswith(f'{SCOPE}::')
-        try:
-            return Config.fromfile(find_config(name)) if own else get_config(name)
-        except (ImportError, OSError, ValueError, AssertionError) as error:
-            raise LaunchError(f'cannot read the config {name}: {error}') from error
-    if not osp.isfile(name):
+    if '::' not in name and not osp.isfile(name):
         raise LaunchError(
             f'no config {name} (looked for in {os.getcwd()}). Give a path, or '
             'package::folder/name.py for one that an installed package carries, '
             'e.g. mmrest::mask_rcnn/rest_small_fpn_1x.py.'
         )
-    return Config.fromfile(name)
+    try:
+        if '::' in name and not name.startswith(f'{SCOPE}::'):
+            return get_config(name)
+        return Config.fromfile(find_config(name) if '::' in name else name)
+    except _READ_ERRORS as error:
+        reason = error.args[0] if isinstance(error, KeyError) else error
+        raise LaunchError(f'cannot read the config {name}: {reason}') from error
 
 
 def check_toolbox(cfg: Config, name: str) -> None:

@@ -28,13 +28,19 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     with launch.short_errors('tools/check_dataset.py'):
-        cfg = launch.load_config(args.config, args.cfg_options)
+        cfg = launch.load_config(args.config, args.cfg_options, needs_model=False)
         fill_coco_fields()
         options = dict(cfg.get('preflight') or {})
         if args.decode is not None:
             options['decode'] = args.decode
-        for _, text in check_data(cfg, args.stage, **options):
+        report = check_data(cfg, args.stage, **options)
+        for _, text in report:
             print(text)
+        if not report:
+            print(
+                f'nothing was checked: for {args.stage} {args.config} names no dataset '
+                'of detection or segmentation'
+            )
 
 
 if __name__ == '__main__':

@@ -1,5 +1,7 @@
 """Command lines with which a run cannot start, and what options do to a config."""
 
+import re
+
 import pytest
 from mmengine.config import Config
 
@@ -36,6 +38,44 @@ def test_unknown_config(tool, name, config, expected):
     checkpoint = ['x.pth'] if name == 'test.py' else []
     message = tool(name, config, *checkpoint)
     assert expected in message
+
+
+@pytest.mark.parametrize(
+    ('name', 'content', 'expected'),
+    [
+        ('c.py', 'model = dict(', r"'\(' was never closed \(.*line 1\)"),
+        ('c.py', "_base_ = './none.py'", r'No such file.*none\.py'),
+        ('c.py', "_base_ = ['mmrest::none/a.py']", r'none/a\.py" does not exist'),
+        (
+            'c.py',
+            "custom_imports = dict(imports=['none'])",
+            'Failed to import custom modules',
+        ),
+        ('c.yaml', 'model: [', 'parsing a flow node'),
+        ('c.json', '{"model": ', 'Expecting value'),
+        ('c.pth', 'PK', 'Only py/'),
+        ('c.py', 'x = 1', r'c\.py has no model, but None'),
+    ],
+)
+def test_what_is_no_config(tool, tmp_path, name, content, expected):
+    (tmp_path / name).write_text(content)
+    message = tool('test.py', tmp_path / name, 'x.pth')
+    assert 'Traceback' not in message and re.search(expected, message), message
+
+
+@pytest.mark.parametrize(
+    ('option', 'expected'),
+    [
+        ('x.pth', "'x.pth' is no KEY=VALUE"),
+        ('test_dataloader.dataset.pipeline.99.type=X', 'Index 99 exceeds the length'),
+        ('test_dataloader.dataset.pipeline.a.type=X', 'list indices must be integers'),
+        ('model=3', 'has no model, but 3'),
+    ],
+)
+def test_options_that_do_not_fit(call, tmp_path, config, option, expected):
+    arguments = [config, 'x.pth', '--cfg-options', option]
+    output = call('test.py', *arguments, cwd=tmp_path, fails=True)
+    assert expected in output and 'Traceback' not in output
 
 
 def test_data_and_weights_are_missing(tool):
