@@ -74,7 +74,7 @@ class _ChunkedMlp(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             for chunk in _chunks(len(tokens), _chunk_rows(x, weight1)):
                 act = F.gelu(F.linear(tokens[chunk], weight1, bias1))
-                out[chunk] = F.linear(act, weight2, bias2)
+                torch.addmm(bias2, act, weight2.t(), out=out[chunk])
         return out.view(*x.shape[:-1], weight2.shape[0])
 
     @staticmethod

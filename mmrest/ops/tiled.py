@@ -181,14 +181,13 @@ class _Workspace:
     def __init__(self, q: Tensor, num_keys: int, tile: Tile, count: int) -> None:
         self.num_keys = num_keys
         size = tile.images * q.shape[1] * tile.rows * num_keys
-        self.buffers = torch.empty(
-            count, size, dtype=_accumulation_dtype(q.dtype), device=q.device
-        )
+        dtype = _accumulation_dtype(q.dtype)
+        self.buffers = [q.new_empty(size, dtype=dtype) for _ in range(count)]
 
     def tile(self, number: int, q_tile: Tensor) -> Tensor:
         """Buffer ``number`` as the maps of ``q_tile``, (images, h, rows, M)."""
         shape = (*q_tile.shape[:3], self.num_keys)
-        return self.buffers[number, : math.prod(shape)].view(shape)
+        return self.buffers[number][: math.prod(shape)].view(shape)
 
 
 # ---------------------------------------------------------------- arithmetic
