@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from .checkpoint import load_pretrained
 from .models import rest, restv2
+from .models.base import BaseResT
 from .models.utils import NUM_STAGES, to_map, to_tokens
 from .weights import FOLDER, MODELS
 
@@ -36,7 +37,7 @@ NUM_CLASSES = 1000
 Pretrained = Union[bool, str]
 
 
-class _Classifier(rest.BaseResT):
+class _Classifier(BaseResT):
     """The interface that timm expects of a classifier."""
 
     _options: dict[str, Any] = {}

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..models.rest import BaseResT, PixelAttention, Size
+from ..models.base import BaseResT
+from ..models.rest import PixelAttention, Size
 from .inferencer import InferenceError, Inferencer
 
 

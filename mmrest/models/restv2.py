@@ -18,7 +18,8 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..ops import attention
-from .rest import Arch, BaseResT, Block, PixelAttention, Size, Stage
+from .base import BaseResT
+from .rest import Arch, Block, PixelAttention, Size, Stage
 from .utils import (
     NUM_STAGES,
     check_norm_cfg,
