@@ -1,7 +1,7 @@
-"""Make class folders, as MMPretrain reads them, from the objects of COCO-format data.
+"""Make class folders for MMPretrain from the objects of data in COCO format.
 
-Each object is cut out, with a margin, into OUT/SPLIT/CLASS/NUMBER.png. Without
---images and --annotations the demo's fruit is generated and cut out.
+Each object is cut out, with a margin, to OUT/SPLIT/CLASS/NUMBER.png. Without --images
+and --annotations, the demo's fruit is generated and cut out.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from fruitset.coco import SPLITS, generate
 from PIL import Image
 
 MARGIN = 0.15  # of the box's longer side, on each side
-MIN_SIDE = 12  # pixels; smaller boxes are left out
+MIN_SIDE = 12  # pixels; smaller boxes are skipped
 
 
 def parse_args() -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""Pictures of predictions beside their ground truth, and training curves."""
+"""Pictures of ground truth and predictions, and training curves."""
 
 import json
 from pathlib import Path
@@ -177,7 +177,7 @@ def save_curves(train, val, path):
         for metric, style in (('mAP_50', '-'), ('mAP', '--')):
             key = f'coco/{kind}_{metric}'
             if not all(key in e for e in val):
-                continue  # boxes alone
+                continue  # only boxes
             right.plot(
                 [e['step'] for e in val],
                 [e[key] for e in val],

@@ -1,8 +1,8 @@
-"""Train, evaluate and picture a small ResT detector within minutes.
+"""Train and evaluate a small ResT detector within minutes, and draw its predictions.
 
 Without arguments it generates a data set of fruit on tables and trains a Mask
 R-CNN on it. With ``--data`` it takes a folder in the format of COCO, VOC or YOLO, and
-trains a RetinaNet if its objects have boxes alone.
+trains a RetinaNet if its objects only have boxes.
 """
 
 import argparse
@@ -12,8 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-# Read when torch is loaded. Threads that spin while they wait take the cores from
-# the data loader and from whatever else runs on a small machine.
+# Read when torch is loaded. Waiting threads must not take the cores from the data
+# loader and other processes on a small machine.
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 # ruff: noqa: E402
@@ -61,7 +61,7 @@ def parse_args():
 
 
 def new_run_folder(work_dir):
-    """Create ``work_dir/<date>_<time>``; an older run is never written into."""
+    """Create ``work_dir/<date>_<time>``, without using the folder of an older run."""
     name = time.strftime('%Y%m%d_%H%M%S')
     for suffix in ('', *(f'_{n}' for n in range(2, 100))):
         folder = Path(work_dir) / f'{name}{suffix}'
@@ -74,7 +74,7 @@ def new_run_folder(work_dir):
 
 
 def limit_threads():
-    """The pictures are small: more than four threads slow the training down."""
+    """Use at most four threads, since more are slower with small images."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else 2
     threads = min(4, available)
     if 'OMP_NUM_THREADS' not in os.environ:
@@ -83,7 +83,7 @@ def limit_threads():
 
 
 def generated_data(settings, work_dir, workers):
-    """Generate the fruit, or find it complete from an earlier run."""
+    """Generate the fruit, or use complete data of an earlier run."""
     folder = 'fruit_v{}_{num_train}+{num_val}_{size}px_seed{seed}'.format(
         VERSION, **settings
     )
@@ -96,7 +96,7 @@ def generated_data(settings, work_dir, workers):
 
 
 def fill_in(cfg, data, run_dir):
-    """Write paths, classes and the folder for results into the config."""
+    """Set paths, classes and the folder for results in the config."""
     options = {
         'work_dir': str(run_dir),
         'experiment_name': run_dir.name,

@@ -1,4 +1,4 @@
-"""Finds images, annotations and classes in a user's folder."""
+"""Find images, annotations and classes in a user's folder."""
 
 import json
 import random
@@ -8,18 +8,18 @@ from typing import NamedTuple, Optional
 
 from conversion import ConversionError, convert, part_of
 
-SPLITS = ('train', 'val', 'test')  # what stands in names, be it 'valid' or 'test2017'
-HELD_BACK = 0.2  # part of the images kept for evaluation where no split exists
+SPLITS = ('train', 'val', 'test')  # parts of names, such as 'valid' or 'test2017'
+HELD_BACK = 0.2  # part of the images for evaluation if there is no split
 MAX_VAL = 300  # evaluating more than this many images would take longer than training
 
 LAYOUTS = """Accepted layouts (any file and folder names where * stands):
   DIR/annotations/*train*.json + *val*.json   and folders with the images
-  DIR/train/*.json + DIR/valid/*.json         with the images beside them
+  DIR/train/*.json + DIR/valid/*.json         with the images in these folders
   DIR/*.json                                  one file; a split is made
-A third split, for testing, is left alone where train and val are there.
+A third split, for testing, is not used if there are train and val.
 Annotations in VOC's XML or YOLO's text files are converted (by supervision):
   DIR/Annotations/*.xml + JPEGImages          splits by ImageSets/Main, or made
-  DIR/train/*.xml + valid/*.xml               with the images beside them
+  DIR/train/*.xml + valid/*.xml               with the images in these folders
   DIR/labels/train + images/train, ...        with data.yaml or classes.txt
   DIR/train/labels + train/images, ...        with data.yaml or classes.txt
 Without masks a RetinaNet is trained, with masks a Mask R-CNN."""
@@ -45,7 +45,7 @@ class CocoFolder:
         train (Split): Images to learn from.
         val (Split): Images to evaluate on.
         note (str): How the split came about, for the log.
-        has_masks (bool): Whether the objects have masks, or boxes alone.
+        has_masks (bool): Whether the objects have masks, or only boxes.
     """
 
     classes: tuple[str, ...]
@@ -91,7 +91,7 @@ def find_data(root, split_dir, seed=0):
         if _has_masks(found['val'].ann_file, val) != has_masks:
             raise DataError(
                 f'one of {found["train"].ann_file} and {found["val"].ann_file} has '
-                'masks and the other boxes alone; both must have the same.'
+                'masks and the other only boxes; both must have the same.'
             )
         notes.append('train and val as found')
         if len(val['images']) > MAX_VAL:

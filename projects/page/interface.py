@@ -1,4 +1,4 @@
-"""What is on the page, and what happens when a person uses it."""
+"""The content of the page, and its reactions to a user."""
 
 import json
 import tempfile
@@ -17,20 +17,20 @@ from mmrest.inference.attention_pictures import draw_stage
 from mmrest.inference.inputs import ImageError
 from mmrest.inference.outputs import write_picture
 
-MAX_SIDE = 1600  # pixels; larger pictures are shown, and drawn on, smaller
-MIN_SIDE = 480  # smaller pictures are shown larger
-SECONDS_KEPT = 3600  # a person's pictures, after the last use
+MAX_SIDE = 1600  # pixels; larger pictures are reduced
+MIN_SIDE = 480  # smaller pictures are enlarged
+SECONDS_KEPT = 3600  # until a user's pictures are deleted after the last use
 MAX_STAGES = 4
-# Fonts of the system: gradio's own themes ask a server for theirs.
+# Fonts of the system, since gradio's own themes load theirs from a server
 THEME = gr.themes.Default(font=['system-ui', 'sans-serif'], font_mono=['monospace'])
 
 
 class Opened(NamedTuple):
-    """A person's picture.
+    """A picture of a user.
 
     Attributes:
-        name (str): Of the file.
-        image (ndarray): BGR, no larger than is shown.
+        name (str): Name of the file.
+        image (ndarray): BGR, at the largest size that is shown.
         samples (list): The prediction of each model.
     """
 
@@ -40,7 +40,7 @@ class Opened(NamedTuple):
 
     @property
     def factor(self) -> int:
-        """How many times as large it is shown."""
+        """Factor by which it is enlarged."""
         return max(1, MIN_SIDE // max(self.image.shape[:2]))
 
 
@@ -50,7 +50,7 @@ class Page:
     Args:
         models (dict[str, Inferencer]): One or two, by the name of the checkpoint.
         max_megapixels (float): Limit of a picture.
-        folder (Path): For files to download.
+        folder (Path): Folder for files to download.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class Page:
         self.models = models
         self.max_megapixels = max_megapixels
         self.folder = folder
-        # a model's hooks and a visualizer's canvas serve one person at a time
+        # hooks of a model and the canvas of a visualizer have one user at a time
         self.lock = threading.Lock()
 
     def open(self, path: Optional[str], score_thr: float) -> list[Any]:
-        """Take a file, or nothing where it was removed."""
+        """Predict for a file; None if it was removed."""
         image = None if path is None else self._read(path)
         if image is None:
             return [None, *self._nothing()]
@@ -73,7 +73,7 @@ class Page:
         return [opened, *self.draw(opened, score_thr)]
 
     def draw(self, opened: Optional[Opened], score_thr: float) -> list[Any]:
-        """Pictures of all models, the files to download, and no attention."""
+        """Return pictures of all models, the files to download, and no attention."""
         if opened is None:
             return self._nothing()
         pictures, found = [], {}
@@ -98,7 +98,7 @@ class Page:
         return [*shown, *buttons, *self._no_attention()]
 
     def attend(self, opened: Optional[Opened], event: gr.SelectData) -> list[Any]:
-        """Pictures of what a point attends to, stage by stage, model by model."""
+        """Return the attention of a point, by stage and model."""
         if opened is None:
             return self._no_attention()
         x, y = (int(n) // opened.factor for n in event.index)
@@ -115,7 +115,7 @@ class Page:
         return pictures
 
     def _read(self, path: str) -> Optional[np.ndarray]:
-        """Read a picture; None after saying why it cannot be used."""
+        """Read a picture; None if it cannot be used, with a message."""
         try:
             self._check_size(path)
             image = read_image(path)
@@ -134,7 +134,7 @@ class Page:
         try:
             with Image.open(path) as header:
                 megapixels = header.width * header.height / 1e6
-        except OSError:  # said better when it is read
+        except OSError:  # reported when it is read
             return
         if megapixels > self.max_megapixels:
             raise ImageError(
@@ -153,12 +153,12 @@ class Page:
 def build(
     models: dict[str, Inferencer], max_megapixels: float, folder: Path
 ) -> tuple[gr.Blocks, dict]:
-    """Lay the page out.
+    """Build the page.
 
     Args:
         models (dict[str, Inferencer]): One or two, by the name of the checkpoint.
         max_megapixels (float): Limit of a picture.
-        folder (Path): For files to download.
+        folder (Path): Folder for files to download.
 
     Returns:
         tuple[Blocks, dict]: The page, and options for its ``launch``.

@@ -1,6 +1,6 @@
-"""A local page that shows what a model finds in a picture, and what it looks at.
+"""A local page with the predictions for a picture, and the attention behind them.
 
-It is served on this machine for this machine, and needs no network.
+It only serves this machine and needs no network.
 """
 
 import argparse
@@ -11,10 +11,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-# before gradio is imported: nothing is sent or asked for
+# before gradio is imported, so that it does not use the network
 os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'
 os.environ['HF_HUB_OFFLINE'] = '1'
-# Threads that spin while they wait take the cores from the server.
+# Waiting threads must not take the cores from the server.
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 # ruff: noqa: E402
@@ -31,7 +31,7 @@ def parse_args() -> argparse.Namespace:
         help='path of a checkpoint [the newest of make demo, in work_dirs/demo]',
     )
     parser.add_argument(
-        '--config', help='its config [the one that the run left beside the checkpoint]'
+        '--config', help='its config [the one in the folder of the checkpoint]'
     )
     parser.add_argument('--compare', metavar='CHECKPOINT', help='a second checkpoint')
     parser.add_argument(
@@ -46,7 +46,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def find_demo(work_dir: str = 'work_dirs/demo') -> str:
-    """The newest checkpoint of `make demo`."""
+    """Return the newest checkpoint of `make demo`."""
     runs = sorted(Path(work_dir).glob('*/iter_*.pth'), key=lambda p: p.stat().st_mtime)
     if not runs:
         raise InferenceError(
@@ -57,12 +57,12 @@ def find_demo(work_dir: str = 'work_dirs/demo') -> str:
 
 
 def find_config(checkpoint: str) -> str:
-    """The config that MMEngine's Runner has written beside a checkpoint."""
+    """Return the config in the folder of a checkpoint, written by MMEngine's Runner."""
     configs = sorted(Path(checkpoint).parent.glob('*.py'))
     if len(configs) != 1:
         raise InferenceError(
-            f'{len(configs)} configs (*.py) are beside {checkpoint}; name the one that '
-            'it was trained with: CONFIG=my_config.py'
+            f'{len(configs)} configs (*.py) are next to {checkpoint}; name the one '
+            'that it was trained with: CONFIG=my_config.py'
         )
     return str(configs[0])
 
@@ -80,7 +80,7 @@ def check_port(port: int) -> None:
 
 
 def import_interface() -> Callable:
-    """Import gradio, which takes seconds, after what can fail at once."""
+    """Import gradio, which takes seconds, after the other checks."""
     try:
         from interface import build
     except ImportError as error:

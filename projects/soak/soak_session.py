@@ -131,7 +131,7 @@ class Session:
         return 'The end of its output:\n' + ''.join(self._lines[-30:])
 
     def _measure(self) -> None:
-        """Remember the peak resident size; known on Linux alone."""
+        """Remember the peak resident size; only known on Linux."""
         sizes = []
         for process in self._processes:
             try:

@@ -45,7 +45,7 @@ def test_what_is_said_where_it_cannot_start(page, tmp_path):
     assert 'no checkpoint in work_dirs/demo. Run make demo first' in page()
     (tmp_path / 'x.pth').touch()
     output = page('--checkpoint', 'x.pth')
-    assert '0 configs (*.py) are beside x.pth' in output
+    assert '0 configs (*.py) are next to x.pth' in output
     with socket.socket() as other:
         other.bind(('127.0.0.1', 0))
         other.listen()

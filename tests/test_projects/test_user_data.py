@@ -207,7 +207,7 @@ def test_boxes_alone(tmp_path):
     write_images(tmp_path / 'in', content)
     assert not find_data(tmp_path / 'in', tmp_path / 'split').has_masks
     write(tmp_path / 'in' / 'val.json', coco())
-    with pytest.raises(DataError, match='has masks and the other boxes alone'):
+    with pytest.raises(DataError, match='has masks and the other only boxes'):
         find_data(tmp_path / 'in', tmp_path / 'split')
 
 
