@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -277,6 +278,43 @@ def test_pictures_are_turned_as_the_loader_of_mmdet_turns_them(
     expected = loaded['img'][..., ::-1]
     assert found.shape == expected.shape
     np.testing.assert_allclose(found, expected, atol=8)
+
+
+def test_pictures_of_16_bits_are_read_as_by_the_loader(runner, tmp_path):
+    values = np.arange(0, 2**16, 400, dtype=np.uint16).reshape(4, 41)
+    Image.fromarray(values).save(tmp_path / 'deep.png')
+    loaded = LoadImageFromFile()(dict(img_path=str(tmp_path / 'deep.png')))
+    found = runner.read_picture(tmp_path / 'deep.png')
+    np.testing.assert_array_equal(found, loaded['img'])
+
+
+@pytest.mark.parametrize(
+    'names, message',
+    [
+        (['a.png'], r'a\.png or \.json exists, and nothing is overwritten'),
+        (['text.jpg'], r'text\.jpg cannot be read as a picture'),
+        (['b/a.png', 'b/a.jpg'], ''),
+    ],
+)
+def test_runner_loses_no_picture(
+    runner, tmp_path, monkeypatch, colour_detector, names, message
+):
+    monkeypatch.chdir(tmp_path)
+    Path('b').mkdir()
+    for name in ('a.png', 'b/a.png', 'b/a.jpg'):
+        Image.new('RGB', (9, 9)).save(name)
+    Path('text.jpg').write_text('no picture')
+    before = Path('a.png').read_bytes()
+    monkeypatch.setattr(
+        'sys.argv', ['x', str(colour_detector('abc')), *names, '--out', '.']
+    )
+    if message:
+        with pytest.raises(SystemExit, match=message):
+            runner.main()
+    else:
+        runner.main()
+        assert Path('a.png.json').is_file() and Path('a.jpg.json').is_file()
+    assert Path('a.png').read_bytes() == before
 
 
 def test_runner_names_what_is_wrong(tmp_path, exported_model):

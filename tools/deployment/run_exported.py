@@ -139,9 +139,19 @@ def open_openvino(path, device, precision):
 
 
 def read_picture(path):
-    """Read a picture (H, W, 3), RGB, and apply its EXIF orientation."""
-    with Image.open(path) as image:
-        return np.asarray(ImageOps.exif_transpose(image).convert('RGB'))
+    """Read a picture (H, W, 3), RGB, and apply its EXIF orientation.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith('I'):  # 16 bits, which Pillow would clip
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return np.asarray(image.convert('RGB'))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise OSError(f'{path} cannot be read as a picture: {error}') from error
 
 
 def resize(picture, pipeline):
@@ -285,14 +295,25 @@ def parse_args():
 def main():
     args = parse_args()
     out = Path(args.out)
+    stems = [Path(name).stem for name in args.images]
     try:
         model = ExportedModel(args.file, args.device, args.precision)
         out.mkdir(parents=True, exist_ok=True)
         for name in args.images:
             picture = read_picture(name)
-            found = model(picture)
+            try:
+                found = model(picture)
+            except Exception as error:  # such as one that no pixel is left of
+                raise ValueError(f'{name} cannot be used: {error}') from error
             image, content = report(found, picture, model.metadata, args.score)
             stem = out / Path(name).stem
+            if stems.count(stem.name) > 1:  # a.jpg beside a.png
+                stem = out / Path(name).name
+            if Path(f'{stem}.png').exists() or Path(f'{stem}.json').exists():
+                raise ValueError(
+                    f'{stem}.png or .json exists, and nothing is overwritten; name '
+                    'another folder with --out'
+                )
             image.save(f'{stem}.png')
             if model.metadata['task'] == 'segmentation':
                 labels = found['labels'][0].astype(np.uint8)
