@@ -194,26 +194,10 @@ def choose_schedule(runner: Runner, checkpoint: dict, source: str) -> None:
         return
     pairs = list(zip(wrapper.param_groups, saved['param_groups']))
     saved_schedules = checkpoint.get('param_schedulers', [])
-    own_schedules = [schedule.state_dict() for schedule in schedules]
-    changes: dict[str, str] = {}
-    for own, group in pairs:
-        # of a scheduled value, the initial one is compared
-        starts = [key for key in own if key.startswith('initial_')]
-        scheduled = [key.replace('initial_', '') for key in starts]
-        if 'momentum' in scheduled:
-            scheduled.append('betas')  # Adam's momentum
-        _compare('', own, group, ['params', *scheduled], changes)
-    fits = [one.keys() for one in own_schedules] == [s.keys() for s in saved_schedules]
-    if fits:
-        for schedule, own, saved in zip(schedules, own_schedules, saved_schedules):
-            name = f'{type(schedule).__name__}.'
-            _compare(name, own, saved, _POSITION, changes)
-    else:
-        kinds = ', '.join(type(schedule).__name__ for schedule in schedules)
-        changes['kinds'] = f'schedules of other kinds (config: {kinds or "none"})'
+    fits, changes = _find_changes(pairs, schedules, saved_schedules)
     if not changes:
         return
-    text = shorten(changes.values(), 6)
+    text = shorten(changes, 6)
     if source == 'checkpoint' and fits:
         runner.logger.warning(
             'The run continues with the optimizer and schedules of the checkpoint, '
@@ -229,6 +213,29 @@ def choose_schedule(runner: Runner, checkpoint: dict, source: str) -> None:
     for own, group in pairs:
         group.update((key, value) for key, value in own.items() if key != 'params')
     checkpoint['param_schedulers'] = [schedule.state_dict() for schedule in schedules]
+
+
+def _find_changes(
+    groups: list[tuple[dict, dict]], schedules: list, saved_schedules: list[dict]
+) -> tuple[bool, list[str]]:
+    """Whether the kinds of schedules are the same, and which settings differ."""
+    changes: dict[str, str] = {}
+    for own, saved in groups:
+        # of a scheduled value, the initial one is compared
+        starts = [key for key in own if key.startswith('initial_')]
+        scheduled = [key.replace('initial_', '') for key in starts]
+        if 'momentum' in scheduled:
+            scheduled.append('betas')  # Adam's momentum
+        _compare('', own, saved, ['params', *scheduled], changes)
+    states = [schedule.state_dict() for schedule in schedules]
+    fits = [state.keys() for state in states] == [s.keys() for s in saved_schedules]
+    if fits:
+        for schedule, own, saved in zip(schedules, states, saved_schedules):
+            _compare(f'{type(schedule).__name__}.', own, saved, _POSITION, changes)
+    else:
+        kinds = ', '.join(type(schedule).__name__ for schedule in schedules)
+        changes['kinds'] = f'schedules of other kinds (config: {kinds or "none"})'
+    return fits, list(changes.values())
 
 
 def _compare(

@@ -29,7 +29,7 @@ from mmengine.logging import print_log
 from mmengine.registry import init_default_scope
 
 from ...utils.config_types import find_toolbox
-from .coco import CocoDataset, check_annotations, find_coco_datasets
+from .coco import CocoDataset, Content, check_annotations, find_coco_datasets
 from .evaluators import check_evaluators, find_evaluators, with_evaluation
 from .images import check_images
 from .model import check_class_counts, check_weights
@@ -148,23 +148,18 @@ def _examine(
         contents = []
         for dataset in find_coco_datasets(cfg, split):
             dataset = with_evaluation(dataset, evaluators)
-            found, content = list(_find_files(dataset)), None
+            found = list(_find_files(dataset))
+            content, use = None, ''
             if read and osp.isfile(dataset.ann_file):
-                content, texts = check_annotations(dataset, unused_categories)
-                found += texts
-            kinds: list[str] = []
-            if content and osp.isdir(dataset.image_folder):
-                texts, kinds = check_images(dataset, content.images, decode)
+                content, texts, use = _examine_coco(dataset, unused_categories, decode)
                 found += texts
             if content:
                 summary.append(
                     f'{split}: {len(content.images)} images, {len(content.ids)} '
                     f'annotations, {len(dataset.classes)} classes'
                 )
-            if content and not found:
-                clauses = '; '.join([*describe_use(dataset, content), *kinds])
-                if clauses:
-                    report.append((logging.WARNING, f'{dataset.where}: {clauses}.'))
+            if use and not found:
+                report.append((logging.WARNING, f'{dataset.where}: {use}.'))
             contents.append((dataset, content))
             findings += [*found, *check_class_counts(model, dataset)]
         seg_datasets = find_seg_datasets(cfg, split)
@@ -183,6 +178,20 @@ def _examine(
     elif not read:
         report.append((logging.INFO, 'Preflight passed; a resumed run reads no data.'))
     return findings, report
+
+
+def _examine_coco(
+    dataset: CocoDataset, unused_categories: bool, decode: Optional[int]
+) -> tuple[Optional[Content], list[str], str]:
+    """Return the content of an annotation file, findings, and how a run uses it."""
+    content, found = check_annotations(dataset, unused_categories)
+    kinds: list[str] = []
+    if content and osp.isdir(dataset.image_folder):
+        texts, kinds = check_images(dataset, content.images, decode)
+        found += texts
+    if content is None or found:
+        return content, found, ''
+    return content, found, '; '.join([*describe_use(dataset, content), *kinds])
 
 
 def _find_files(dataset: CocoDataset) -> Iterator[str]:

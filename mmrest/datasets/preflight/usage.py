@@ -18,48 +18,54 @@ def describe_use(dataset: CocoDataset, content: Content) -> list[str]:
     limits = content.sides[content.image]
     start, size = content.box[:, :2], content.box[:, 2:]
     inside = np.minimum(start + size, limits) - np.maximum(start, 0)
-    left = np.ones(len(content.ids), bool)
-
-    def take(reason: np.ndarray) -> int:
-        """Count and remove the remaining annotations with a reason."""
-        nonlocal left
-        count = int((left & reason).sum())
-        left = left & ~reason
-        return count
-
-    skipped = _count(
-        (take(content.ignore), 'annotations are marked "ignore"'),
-        (take((size <= 0).any(1)), 'boxes have no width or height, or a negative one'),
-        (take((inside <= 0).any(1)), 'boxes lie outside of their image'),
-        (take(content.area <= 0), 'annotations have an area of 0 or less'),
-        (take((size < 1).any(1)), 'boxes are narrower or lower than a pixel'),
+    counts, left = _sort_out(
+        np.ones(len(content.ids), bool),
+        (content.ignore, 'annotations are marked "ignore"'),
+        ((size <= 0).any(1), 'boxes have no width or height, or a negative one'),
+        ((inside <= 0).any(1), 'boxes lie outside of their image'),
+        (content.area <= 0, 'annotations have an area of 0 or less'),
+        ((size < 1).any(1), 'boxes are narrower or lower than a pixel'),
     )
-    skipped = [f'{text} and are skipped' for text in skipped]
+    skipped = [f'{text} and are skipped' for text in counts]
     filled = [
         f'{count} annotations have no {field}, which is filled in'
         for field, count in content.missing_fields.items()
     ]
-    if dataset.test_mode:
-        if skipped:
-            skipped.append('the metric counts all these, as objects to be found')
-        if dataset.evaluated and not content.ids:
-            filled.append(
-                'there are no annotations to evaluate with, so the metric will be -1 '
-                '(format_only=True in the evaluator only writes the results)'
-            )
-        return skipped + filled
+    if not dataset.test_mode:
+        return [*skipped, *filled, *_describe_training(dataset, content, left)]
+    if skipped:
+        skipped.append('the metric counts all these, as objects to be found')
+    if dataset.evaluated and not content.ids:
+        filled.append(
+            'there are no annotations to evaluate with, so the metric will be -1 '
+            '(format_only=True in the evaluator only writes the results)'
+        )
+    return skipped + filled
 
+
+def _describe_training(
+    dataset: CocoDataset, content: Content, left: np.ndarray
+) -> list[str]:
+    """Describe the use of the annotations that are left, and of the images."""
     of_classes = content.of_classes | (not dataset.classes)
-    others = take(~of_classes)
+    others, left = _sort_out(
+        left,
+        (
+            ~of_classes,
+            'annotations are of categories that are no class, and are skipped',
+        ),
+    )
     crowd, objects = left & content.crowd, left & ~content.crowd
     unusable = np.zeros(len(left), bool)
     if dataset.needs_masks:
         polygons = [isinstance(m, Polygons) and not m.usable for m in content.masks]
         unusable = objects & np.array(polygons, bool)
         objects &= ~unusable
-    beyond = ((start < -BEYOND) | (start + size > limits + BEYOND)).any(1)
-    beyond &= objects | crowd
+    limits = content.sides[content.image]
+    start, end = content.box[:, :2], content.box[:, :2] + content.box[:, 2:]
+    beyond = ((start < -BEYOND) | (end > limits + BEYOND)).any(1)
 
+    # of each image, how many annotations there are, how many are learnt, and crowds
     total, learnt, crowds = (
         np.bincount(content.image[rows], minlength=len(content.images))
         for rows in (of_classes, objects, crowd)
@@ -71,43 +77,43 @@ def describe_use(dataset: CocoDataset, content: Content) -> list[str]:
     background = used & (learnt == 0) & ~empty
     only_crowds = background & (crowds == total)
     none = 'images have no annotation of the classes and are'
-    return [
-        *skipped,
-        *filled,
-        *_count(
-            (
-                others,
-                'annotations are of categories that are no class, and are skipped',
-            ),
-            (
-                unusable.sum(),
-                'objects have no polygon of three points or more, and are ignored',
-            ),
-            (crowd.sum(), 'crowd regions are no objects to learn'),
-            (
-                beyond.sum(),
-                'boxes reach beyond their image and are cut at its border',
-            ),
-            (dropped.sum(), f'{none} left out'),
-            ((used & empty).sum(), f'{none} trained on as background'),
-            (
-                small.sum(),
-                f'images have a side of less than {dataset.min_size} pixels and are '
-                'left out',
-            ),
-            (
-                only_crowds.sum(),
-                'images only have crowd regions and are trained on as background',
-            ),
-            (
-                (background & ~only_crowds).sum(),
-                'images have annotations that are all skipped or ignored, and are '
-                'trained on as background',
-            ),
+    reasons = (
+        (
+            unusable,
+            'objects have no polygon of three points or more, and are ignored',
         ),
-    ]
+        (crowd, 'crowd regions are no objects to learn'),
+        (
+            beyond & (objects | crowd),
+            'boxes reach beyond their image and are cut at its border',
+        ),
+        (dropped, f'{none} left out'),
+        (used & empty, f'{none} trained on as background'),
+        (
+            small,
+            f'images have a side of less than {dataset.min_size} pixels and are left '
+            'out',
+        ),
+        (
+            only_crowds,
+            'images only have crowd regions and are trained on as background',
+        ),
+        (
+            background & ~only_crowds,
+            'images have annotations that are all skipped or ignored, and are trained '
+            'on as background',
+        ),
+    )
+    return others + [f'{rows.sum()} {text}' for rows, text in reasons if rows.any()]
 
 
-def _count(*reasons: tuple[int, str]) -> list[str]:
-    """Return a clause for each reason with a count above 0."""
-    return [f'{count} {text}' for count, text in reasons if count]
+def _sort_out(
+    left: np.ndarray, *reasons: tuple[np.ndarray, str]
+) -> tuple[list[str], np.ndarray]:
+    """Count annotations by the first reason that applies; return the others too."""
+    counts = []
+    for rows, text in reasons:
+        if (left & rows).any():
+            counts.append(f'{(left & rows).sum()} {text}')
+        left = left & ~rows
+    return counts, left
