@@ -130,7 +130,7 @@ class _Classifier(BaseResT):
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt must be 'NCHW', found {output_fmt!r}")
         wanted, last = feature_take_indices(self.num_stages, indices)
-        x = self.take_image(x)
+        x = self.prepare_image(x)
         maps = []
         for i in range(last + 1 if stop_early else self.num_stages):
             x = self.embed(i, x)

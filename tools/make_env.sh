@@ -9,7 +9,7 @@
 #   TORCHVISION      torchvision version that belongs to TORCH
 #   TORCH_INDEX      index to take torch and torchvision from, e.g. a CPU-only one
 #   MMCV_FIND_LINKS  page with prebuilt mmcv wheels; nothing is compiled then
-#   MMCV_CUDA=0      compile mmcv for CPUs only although torch sees a GPU
+#   MMCV_CUDA=0      compile mmcv for the CPU alone although torch sees a GPU
 #   MAX_JOBS         files compiled at a time [from cores and memory]
 set -euo pipefail
 

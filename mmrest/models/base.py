@@ -96,11 +96,11 @@ class BaseResT(BaseModule):
         """The blocks of stage i + 1."""
         return getattr(self, f'stage{i + 1}')
 
-    def take_image(self, x: Tensor) -> Tensor:
-        """Return x in channels_last order.
+    def prepare_image(self, x: Tensor) -> Tensor:
+        """Return images in channels_last order.
 
         Raises:
-            ValueError: Unless it has shape (B, in_channels, H, W).
+            ValueError: Unless they have shape (B, in_channels, H, W).
         """
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(
@@ -108,7 +108,7 @@ class BaseResT(BaseModule):
                 f'(B, {self.in_channels}, H, W), found {tuple(x.shape)}'
             )
         if is_transformed():
-            return x  # vmap knows no memory formats
+            return x  # vmap does not support memory formats
         return x.contiguous(memory_format=torch.channels_last)
 
     def embed(self, i: int, x: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class BaseResT(BaseModule):
         """Set the mode, except of frozen parts and with ``norm_eval`` of BatchNorms."""
         super().train(mode)
         self.freeze_stages()
-        match_gradient_strides(self)  # load_state_dict(assign=True) sets new ones
+        match_gradient_strides(self)  # again after load_state_dict(assign=True)
         if mode and self.norm_eval:
             for module in self.modules():
                 if isinstance(module, _BatchNorm):
@@ -129,7 +129,7 @@ class BaseResT(BaseModule):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        match_gradient_strides(self)  # a copy or a pickle has none of the hooks
+        match_gradient_strides(self)  # copies and pickles lack the hooks
 
     def freeze_stages(self) -> None:
         """Freeze the stem and stages that ``frozen_stages`` selects."""

@@ -447,7 +447,7 @@ class ResT(BaseResT):
             tuple[Tensor, ...]: For each i in ``out_indices`` a contiguous map of shape
             (B, C_i, ceil(H / 4 / 2**i), ceil(W / 4 / 2**i)).
         """
-        x = self.take_image(x)
+        x = self.prepare_image(x)
         outs = []
         for i in range(self.num_stages):
             # B, C, H, W -> B, C_i, H_i, W_i

@@ -316,7 +316,7 @@ class ResTV2(BaseResT):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Compute the maps of the requested stages, see :meth:`ResT.forward`."""
-        x = self.take_image(x)
+        x = self.prepare_image(x)
         outs = []
         for i in range(self.num_stages):
             # B, C, H, W -> B, C_i, H_i, W_i

@@ -250,7 +250,7 @@ def _is_int(value: object) -> bool:
 _CHANNELS = ('dim', 'in_channels', 'channels', 'embed_dims', 'num_channels')
 
 
-def build_part(place: str, cfg: PartCfg, **given: Any) -> nn.Module:
+def build_part(part: str, cfg: PartCfg, **given: Any) -> nn.Module:
     """Build a stem, positional encoding or attention from its config.
 
     The name ``'pa'`` as ``pos_cfg`` is short for ``'rest_pos_pa'`` in MMEngine's
@@ -266,7 +266,7 @@ def build_part(place: str, cfg: PartCfg, **given: Any) -> nn.Module:
       and the size (H, W), and returns tokens.
 
     Args:
-        place (str): ``'stem'``, ``'pos'`` or ``'attn'``.
+        part (str): ``'stem'``, ``'pos'`` or ``'attn'``.
         cfg (str | dict): A name, or a dict with ``type`` and options.
         **given: Arguments that the network passes to the constructor.
 
@@ -277,30 +277,29 @@ def build_part(place: str, cfg: PartCfg, **given: Any) -> nn.Module:
     kind = options.get('type') if isinstance(options, dict) else None
     if not isinstance(kind, (str, type)):
         raise ValueError(
-            f"{place}_cfg must be {_known(place)}, or a dict with such a 'type', "
+            f"{part}_cfg must be {_known(part)}, or a dict with such a 'type', "
             f'found {cfg!r}'
         )
-    cls = kind if isinstance(kind, type) else _look_up(place, kind)
+    cls = kind if isinstance(kind, type) else _look_up(part, kind)
     if cls is None:
         raise ValueError(
-            f"{place}_cfg must be {_known(place)}, or a module in MMEngine's MODELS, "
+            f"{part}_cfg must be {_known(part)}, or a module in MMEngine's MODELS, "
             f'found {kind!r}'
         )
-    if place == 'pos':
-        given = _of_constructor(cls, **given)
+    if part == 'pos':
+        given = _position_arguments(cls, **given)
     arguments = {**given, **options}
     del arguments['type']
     try:
         return cls(**arguments)
     except TypeError as error:
         raise ValueError(
-            f'{place}_cfg: {kind!r} cannot be built with {", ".join(arguments)}: '
-            f'{error}'
+            f'{part}_cfg: {kind!r} cannot be built with {", ".join(arguments)}: {error}'
         ) from error
 
 
-def _look_up(place: str, name: str) -> Optional[type]:
-    own = MODELS.module_dict.get(f'rest_{place}_{name}')
+def _look_up(part: str, name: str) -> Optional[type]:
+    own = MODELS.module_dict.get(f'rest_{part}_{name}')
     if own is not None:
         return own
     # as MODELS.build does, in the registry of the default scope first
@@ -308,7 +307,7 @@ def _look_up(place: str, name: str) -> Optional[type]:
         return models.get(name)
 
 
-def _of_constructor(cls: type, dim: int, map_stride: int) -> dict[str, int]:
+def _position_arguments(cls: type, dim: int, map_stride: int) -> dict[str, int]:
     taken = inspect.signature(cls).parameters
     given = [(name, dim) for name in _CHANNELS if name in taken][:1]
     if 'map_stride' in taken:
@@ -316,8 +315,8 @@ def _of_constructor(cls: type, dim: int, map_stride: int) -> dict[str, int]:
     return dict(given)
 
 
-def _known(place: str) -> str:
-    start = f'rest_{place}_'
+def _known(part: str) -> str:
+    start = f'rest_{part}_'
     names = [n[len(start) :] for n in MODELS.module_dict if n.startswith(start)]
     return f'one of {", ".join(map(repr, names))}'
 
