@@ -134,9 +134,14 @@ def inspect_latest(path: Source) -> Latest:
 
     Raises:
         CheckpointError: If the file is damaged, refused by safe loading, or lacks the
-            state of a training.
+            state of a training, or if the path is the folder of a run.
     """
     path = os.fspath(path)
+    if os.path.isfile(os.path.join(path, 'last_checkpoint')):
+        raise CheckpointError(
+            f'{path} is the folder of a run, not a checkpoint. To continue from its '
+            f'newest checkpoint: --work-dir {path} --resume. Or name a file in it.'
+        )
     if '://' in path or (os.path.isdir(path) and os.listdir(path)):
         return Latest(path, None, -1)
     try:

@@ -253,6 +253,12 @@ def test_a_sharded_checkpoint_is_believed(tmp_path):
     check_load_from(ToyModel(), latest)
 
 
+def test_the_folder_of_a_run_is_no_checkpoint(toy):
+    (toy / 'last_checkpoint').write_text(str(toy / 'iter_7.pth'))
+    with pytest.raises(CheckpointError, match='folder of a run.*--work-dir .* --res'):
+        choose_checkpoint(str(toy), str(toy))
+
+
 def test_an_address_is_read_when_the_model_is_there(server, toy, tmp_path):
     url, root = server
     (toy / 'iter_7.pth').rename(root / 'iter_7.pth')

@@ -280,6 +280,16 @@ def test_missing_checkpoint_to_load(cfg, finding, tmp_path):
     assert f'load_from: the checkpoint {cfg.load_from} does not exist' in finding(cfg)
 
 
+def test_checkpoints_that_are_there(cfg, monkeypatch, tmp_path):
+    """A sharded one is a folder, and ``~`` is a path for MMEngine's loader."""
+    (tmp_path / 'iter_9.pth').mkdir()
+    cfg.load_from = str(tmp_path / 'iter_9.pth')
+    check_config(cfg)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    cfg.load_from = '~/iter_9.pth'
+    check_config(cfg)
+
+
 def test_freezing_random_weights(cfg, finding, tmp_path):
     cfg.model.backbone.frozen_stages = 1
     assert 'model.backbone.frozen_stages=-1' in finding(cfg)

@@ -57,7 +57,7 @@ def check_weights(cfg: Any, stage: str) -> Iterator[str]:
     start = cfg.get('load_from')
     if start and not _is_there(start):
         yield (
-            f'load_from: the checkpoint {osp.abspath(start)} does not exist. '
+            f'load_from: the checkpoint {_in_full(start)} does not exist. '
             'Correct the path.'
         )
     if stage != 'train' or cfg.get('resume'):
@@ -72,7 +72,7 @@ def check_weights(cfg: Any, stage: str) -> Iterator[str]:
             advice += ' ' if advice else ''
             unfreeze = f' {where}.frozen_stages=-1' if freezes else ''
             yield (
-                f'{where}.init_cfg: the pretrained weights {osp.abspath(checkpoint)} '
+                f'{where}.init_cfg: the pretrained weights {_in_full(checkpoint)} '
                 f'do not exist. {advice}Or name another file: --cfg-options '
                 f'{where}.init_cfg.checkpoint=PATH. To train from scratch (far lower '
                 'accuracy on the same schedule): --cfg-options '
@@ -122,5 +122,10 @@ def _pretrained(part: dict) -> str:
     return ''
 
 
+def _in_full(path: str) -> str:
+    return osp.abspath(osp.expanduser(path))
+
+
 def _is_there(path: str) -> bool:
-    return '://' in path or osp.isfile(path)
+    # a sharded checkpoint is a folder; the loaders take ~ as well
+    return '://' in path or osp.exists(osp.expanduser(path))
