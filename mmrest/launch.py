@@ -52,7 +52,7 @@ EXTRAS = dict(mmdet='det', mmseg='seg', mmpretrain='cls')
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 
 
-# What MMEngine raises for a file that is no config, or that has no base.
+# Errors of MMEngine for a file that is not a config, or whose base is missing
 _READ_ERRORS = (
     AssertionError,
     ImportError,
@@ -97,7 +97,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 class OverrideAction(DictAction):
-    """MMEngine's reading of ``KEY=VALUE``, with a usage error for what is none."""
+    """MMEngine's action for ``KEY=VALUE``, with a usage error for other words."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, *args: Any) -> None:
         for text in values:

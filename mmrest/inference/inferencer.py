@@ -77,7 +77,7 @@ class Inferencer(ABC):
         if self._is_grey:  # as LoadImageFromFile would read them
             images = [cv2.cvtColor(image, cv2.COLOR_BGR2GRAY) for image in images]
         (batch,) = self.base.preprocess(images, batch_size=len(images))
-        # mmdet hands on the images beside the batch
+        # mmdet returns the images together with the batch
         return batch if isinstance(batch, dict) else batch[1]
 
     def predict(self, images: Sequence[np.ndarray]) -> list[Any]:

@@ -217,7 +217,7 @@ def _skip(item: Item, skipped: list[Item]) -> None:
 def _predict(
     inferencer: Inferencer, batch: list[Item], skipped: list[Item]
 ) -> list[tuple[Item, Any]]:
-    """Items with their predictions, but for those that the pipeline cannot resize."""
+    """Yield items with predictions, except those that the pipeline cannot resize."""
     try:
         return list(zip(batch, inferencer.predict([item.image for item in batch])))
     except cv2.error as error:
