@@ -206,8 +206,8 @@ def load_config(
             ) from error
     if needs_model and not isinstance(cfg.get('model'), dict):
         raise LaunchError(
-            f'{name} has no model, but {cfg.get("model")!r}. Give a whole config, as '
-            'those in the folders of configs/ beside _base_.'
+            f'{name} has no model, but {cfg.get("model")!r}. Give a whole config, such '
+            'as those in configs/, not one in configs/_base_.'
         )
     return cfg
 

@@ -32,8 +32,8 @@ from .state_dict import find_state_dict, prefixes_in
 # map_location is MMEngine's option and has no effect here: files are read on the CPU
 _PRETRAINED_OPTIONS = ('checkpoint', 'prefix', 'map_location', 'adapt_input')
 _INPUT_ADVICE = (
-    ' The file is for images of another number of channels: set adapt_input=True '
-    "beside checkpoint, as in init_cfg=dict(type='Pretrained', checkpoint=..., "
+    ' The file is for images with another number of channels: set adapt_input=True '
+    "next to checkpoint, as in init_cfg=dict(type='Pretrained', checkpoint=..., "
     'adapt_input=True), to adapt its first convolution.'
 )
 
@@ -275,7 +275,7 @@ def _choose_prefix(
         if first and others:
             advice = (
                 f'The names in the file begin with {shorten(others, 4)}: to take these '
-                "off, name the prefix beside checkpoint, as in init_cfg=dict(type='"
+                "off, set prefix next to checkpoint, as in init_cfg=dict(type='"
                 f"Pretrained', checkpoint=..., prefix={others[0]!r})."
             )
         raise CheckpointError(
