@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any, Callable
 
 from mmrest.checkpoint import CheckpointError
@@ -41,6 +42,9 @@ def mapping_lines(conversion: Conversion, to_mmdet: bool) -> list[str]:
     return lines
 
 
+OTHER_FORMATS = ('.pkl', '.safetensors', '.pdparams', '.onnx')
+
+
 def run(
     args: argparse.Namespace,
     convert: Callable[[], tuple[Conversion, dict[str, Any]]],
@@ -56,6 +60,10 @@ def run(
             if args.dst is None:
                 raise ConversionError('name the file to write, or use --dry-run')
             check_destination(args.dst, args.src, args.force)
+            if Path(args.dst).suffix in OTHER_FORMATS:  # readers go by the name
+                raise ConversionError(
+                    f'{args.dst}: the file is written by torch.save; name it .pth'
+                )
         conversion, checkpoint = convert()
         if args.dry_run:
             print('\n'.join(mapping_lines(conversion, to_mmdet)))

@@ -148,6 +148,7 @@ def test_files_are_not_overwritten(tool, source, tmp_path):
     assert 'is the source' in text and digest(source) == before
     tool(TO_MMDET, source, tmp_path / 'none' / 'out.pth', fails=True)
     tool(TO_MMDET, source, tmp_path, fails=True)
+    assert 'name it .pth' in tool(TO_MMDET, source, 'out.pkl', fails=True)
     assert 'name the file' in tool(TO_MMDET, source, fails=True)
     tool(TO_MMDET, source, out, '--force')
     assert 'state_dict' in read_checkpoint(out)
