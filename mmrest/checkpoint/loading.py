@@ -125,7 +125,7 @@ def load_pretrained(
         source (str | Path): A file or URL, see :func:`read_checkpoint`.
         allow_missing (Sequence[str]): Submodules or parameters that the file may lack;
             ``'norm1'`` stands for all names below it, and ``*`` for any text. A layer
-            may be missing as a whole only. Default: ().
+            may only be missing as a whole. Default: ().
         allow_unexpected (Sequence[str]): Those that the module may lack. Default: ().
         prefix (str, optional): Prefix of the names in the file, as ``'backbone.'``.
             Default: None, the known prefix that fits best.

@@ -186,11 +186,11 @@ def note_requeue(moment: str) -> None:
 class WorkerShield:
     """A ``worker_init_fn`` that protects workers from the signals sent to a job.
 
-    Slurm sends SIGTERM to all processes of a job. A worker that ends raises an error in
-    the iteration that the main process is about to finish. Until :meth:`end` is called,
-    a worker with this function ignores SIGTERM and SIGUSR1. It still ends within
-    seconds if its main process was killed, where torch's own worker may wait forever to
-    deliver a batch. ``init`` is the loader's own ``worker_init_fn``.
+    Slurm sends SIGTERM to all processes of a job. If a worker ends, torch raises an
+    error in the iteration that the main process is about to finish. Until :meth:`end`
+    is called, a worker with this function ignores SIGTERM and SIGUSR1. It still ends
+    within seconds if its main process was killed, where torch's own worker may wait
+    forever to deliver a batch. ``init`` is the loader's own ``worker_init_fn``.
 
     It works with the start methods fork, spawn and forkserver. On Windows it does
     nothing.
