@@ -88,22 +88,26 @@ def match_gradient_strides(module: nn.Module) -> None:
     depthwise and 1x1 convolutions depends on device and type. It may be called again,
     for new parameters.
     """
-    for parameter in module.parameters():
-        hooks = (parameter._backward_hooks or {}).values()
-        if (
-            parameter.requires_grad
-            and parameter.dim() == 4
-            and 1 in parameter.shape
-            and not any(getattr(h, 'func', None) is _with_strides_of for h in hooks)
-        ):
-            parameter.register_hook(partial(_with_strides_of, ref(parameter)))
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            hooks = (parameter._backward_hooks or {}).values()
+            if (
+                type(parameter) is nn.Parameter  # not one that is sharded
+                and parameter.requires_grad
+                and parameter.dim() == 4
+                and 1 in parameter.shape
+                and not any(getattr(h, 'func', None) is _with_strides_of for h in hooks)
+            ):
+                # torch.utils.swap_tensors refuses a parameter with a weak reference
+                parameter.register_hook(partial(_with_strides_of, ref(part), name))
 
 
-def _with_strides_of(parameter: Any, grad: Tensor) -> Tensor:
-    strides = parameter().stride()
-    if grad.stride() == strides or not grad.is_contiguous():
+def _with_strides_of(part: Any, name: str, grad: Tensor) -> Tensor:
+    parameter = getattr(part(), '_parameters', {}).get(name)
+    if parameter is None or not grad.is_contiguous():
         return grad
-    return grad.as_strided(grad.size(), strides)
+    strides = parameter.stride()
+    return grad if grad.stride() == strides else grad.as_strided(grad.size(), strides)
 
 
 # ---------------------------------------------------------------- arguments

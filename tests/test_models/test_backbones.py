@@ -464,5 +464,13 @@ def test_transforms_of_torch_func(kind):
 
 
 @BOTH
+def test_parameters_can_be_swapped(kind, monkeypatch):
+    """As PyTorch does it on request, and for subclasses of tensors."""
+    monkeypatch.setattr('torch.__future__._swap_module_params_on_conversion', True)
+    model = tiny(kind).double()
+    backward(model(image((2, 3, 64, 64)).double()))
+
+
+@BOTH
 def test_cam_tools_find_no_extra_tokens(kind):
     assert kind.num_extra_tokens == 0
