@@ -52,6 +52,12 @@ class Inferencer(ABC):
     ) -> None:
         self.base = self._build(cfg, checkpoint, source, device)
         self.model: Any = self.base.model
+        channels = getattr(getattr(self.model, 'backbone', None), 'in_channels', 3)
+        if channels not in (1, 3):
+            raise InferenceError(
+                f'the backbone takes images of {channels} channels, and inference here '
+                'reads pictures in colour or in grey.'
+            )
         steps = cfg.test_dataloader.dataset.pipeline
         colors = (step.get('color_type', '') for step in steps)
         self._is_grey = any(color.startswith('grayscale') for color in colors)
@@ -352,9 +358,8 @@ def _for_inference(cfg: Config) -> Config:
         steps.append(step)
     loader['dataset']['pipeline'] = steps
     cfg.test_dataloader = loader
-    cfg.setdefault(
-        'visualizer', dict(type=_VISUALIZERS.get(find_toolbox(cfg) or '', ''))
-    )
+    if not cfg.get('visualizer'):
+        cfg.visualizer = dict(type=_VISUALIZERS.get(find_toolbox(cfg) or '', ''))
     cfg.visualizer.vis_backends = None
     return cfg
 

@@ -195,17 +195,23 @@ def test_what_is_no_image(model_files, toolbox, images, found):
     assert inferencer.predict([]) == []
 
 
-def test_grey_images_of_a_grey_detector(model_files, tmp_path):
+@pytest.mark.parametrize('channels', [1, 4])
+def test_detectors_of_other_channels(model_files, tmp_path, channels):
     config, _ = model_files('mmdet')
     cfg = Config.fromfile(config)
-    cfg.model.backbone.in_channels = 1
+    cfg.visualizer = None
+    cfg.model.backbone.in_channels = channels
     cfg.model.data_preprocessor.update(mean=[100.0], std=[50.0], bgr_to_rgb=False)
     cfg.test_dataloader.dataset.pipeline[0].color_type = 'grayscale'
     with DefaultScope.overwrite_default_scope('mmdet'):
         model = MODELS.build(cfg.model)
-    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'grey.pth')
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'model.pth')
+    if channels == 4:
+        with pytest.raises(InferenceError, match='takes images of 4 channels'):
+            init_inferencer(cfg, tmp_path / 'model.pth')
+        return
     seen = []
-    inferencer = init_inferencer(cfg, tmp_path / 'grey.pth')
+    inferencer = init_inferencer(cfg, tmp_path / 'model.pth')
     inferencer.model.backbone.register_forward_pre_hook(
         lambda module, inputs: seen.append(inputs[0])
     )
