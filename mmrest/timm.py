@@ -48,6 +48,7 @@ class _Classifier(BaseResT):
         num_classes: int = NUM_CLASSES,
         in_chans: int = 3,
         global_pool: str = 'avg',
+        drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         **options: Any,
     ) -> None:
@@ -65,6 +66,7 @@ class _Classifier(BaseResT):
             for i, dim in enumerate(self.arch.embed_dims)
         ]
         self.num_features = self.head_hidden_size = self.arch.embed_dims[-1]
+        self.head_drop = nn.Dropout(drop_rate)  # as in timm's own models
         self.reset_classifier(num_classes, global_pool)
         self.init_weights()
 
@@ -85,7 +87,8 @@ class _Classifier(BaseResT):
         )
         self.head: nn.Module = nn.Identity()
         if num_classes:
-            self.head = nn.Linear(self.num_features, num_classes)
+            features = self.num_features * self.global_pool.feat_mult()
+            self.head = nn.Linear(features, num_classes)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.with_cp = enable
@@ -111,7 +114,7 @@ class _Classifier(BaseResT):
         return super().forward(x)[0]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.global_pool(x)
+        x = self.head_drop(self.global_pool(x))
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Any:

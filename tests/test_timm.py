@@ -106,6 +106,16 @@ def test_training():
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.parametrize('name', ['rest_lite', 'restv2_tiny'])
+def test_options_of_timms_own_scripts(name):
+    """They name the drop rate always, and the pooling may double the features."""
+    model = timm.create_model(name, drop_rate=0.9, global_pool='catavgmax', **SMALL)
+    x = torch.rand(1, 3, 32, 32)
+    logits = [model.forward_head(torch.ones(1, 8, 2, 2)) for _ in range(4)]
+    assert not all(torch.equal(logits[0], each) for each in logits)
+    assert model.eval()(x).shape == (1, 1000)
+
+
 @pytest.mark.parametrize('features_only', [True, False])
 def test_wrapper_of_mmpretrain(rest_lite, features_only):
     pytest.importorskip('mmpretrain.models')
