@@ -16,6 +16,13 @@ need() {
 
 # use_torchrun GPUS: put the command that starts GPUS processes here into LAUNCH
 use_torchrun() {
+    case $1 in
+        [1-9] | [1-9][0-9] | [1-9][0-9][0-9] | auto | cpu | gpu) ;;
+        *)
+            echo "$0: GPUS must be a number of processes, found '$1'" >&2
+            exit 2
+            ;;
+    esac
     LAUNCH=(
         "${PYTHON:-python}" -m torch.distributed.run
         --nnodes="${NNODES:-1}"

@@ -94,3 +94,9 @@ def test_dist_takes_the_usual_variables(call, repo, script, args, tool):
 def test_usage(call, script):
     done = call(script, 'c.py')
     assert done.returncode == 2 and done.stderr.startswith('usage: ')
+
+
+@pytest.mark.parametrize('count', ['0', 'x.pth', '-1', ''])
+def test_number_of_processes(call, count):
+    done = call('dist_train.sh', 'c.py', count)
+    assert done.returncode == 2 and f"found '{count}'" in done.stderr
