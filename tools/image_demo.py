@@ -8,13 +8,7 @@ from pathlib import Path
 from mmrest import launch
 from mmrest.inference import infer, init_inferencer
 from mmrest.utils.disk import free_space
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f'must be 1 or more, found {number}')
-    return number
+from mmrest.utils.text import parse_count
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,7 +37,7 @@ def parse_args() -> argparse.Namespace:
         help='lowest score of boxes to draw; the JSON holds all [0.3]',
     )
     parser.add_argument(
-        '--batch-size', type=positive, default=1, help='images at once [1]'
+        '--batch-size', type=parse_count, default=1, help='images at once [1]'
     )
     launch.add_amp_argument(parser)
     return parser.parse_args()

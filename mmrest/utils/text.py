@@ -37,6 +37,19 @@ def replace_section(file: Union[str, Path], name: str, content: str) -> None:
     Path(file).write_text(f'{head}{content}\n{tail}', encoding='utf-8')
 
 
+def parse_count(text: str) -> int:
+    """Parse a number of 1 or more, for an option.
+
+    Raises:
+        ArgumentTypeError: If the number is smaller.
+        ValueError: If the text is no number.
+    """
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f'must be 1 or more, found {number}')
+    return number
+
+
 def parse_size(text: str) -> tuple[int, int]:
     """Parse a height and width in pixels, ``HxW``, for an option.
 

@@ -19,12 +19,13 @@ os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 # ruff: noqa: E402
 import torch
 from fruitset.coco import CLASSES, SPLITS, VERSION, generate
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.runner import Runner
 from plotting import metric_table, read_scalars, save_curves, save_pictures
 from user_data import LAYOUTS, CocoFolder, DataError, Split, find_data
 
 from mmrest.datasets.preflight import PreflightError, check_config, log_report
+from mmrest.launch import OverrideAction
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs' / 'demo'
 
@@ -53,7 +54,7 @@ def parse_args():
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=OverrideAction,
         metavar='KEY=VALUE',
         help='change fields of the config in configs/demo',
     )

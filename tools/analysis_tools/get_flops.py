@@ -7,6 +7,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmrest import launch
 from mmrest.utils.complexity import complexity
 from mmrest.utils.config_types import find_toolbox
+from mmrest.utils.text import parse_count
 
 
 def parse_args() -> argparse.Namespace:
@@ -14,7 +15,7 @@ def parse_args() -> argparse.Namespace:
     launch.add_config_arguments(parser)
     parser.add_argument(
         '--shape',
-        type=int,
+        type=parse_count,
         nargs=2,
         default=(800, 1333),
         metavar=('H', 'W'),
