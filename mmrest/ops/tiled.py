@@ -119,12 +119,14 @@ def choose_tile(
     """
     batch, heads, num_queries, _ = q.shape
     row_bytes = max(1, heads * num_keys * max(4, q.element_size()))
-    rows = max(MIN_ROWS, tile_bytes(q.device, gpu_bytes) // row_bytes)
-    images = max(1, min(batch, rows // max(1, num_queries)))
-    rows = -(-num_queries // max(1, -(-num_queries // rows)))
-    if tile_rows is not None:
-        if tile_rows < 1:
-            raise ValueError(f'tile_rows must be at least 1, found {tile_rows}')
+    if tile_rows is None:
+        rows = max(MIN_ROWS, tile_bytes(q.device, gpu_bytes) // row_bytes)
+        images = max(1, min(batch, rows // max(1, num_queries)))
+        num_tiles = max(1, -(-num_queries // rows))
+        rows = max(1, -(-num_queries // num_tiles))
+    elif tile_rows < 1:
+        raise ValueError(f'tile_rows must be at least 1, found {tile_rows}')
+    else:
         images, rows = 1, tile_rows
     parts = torch.get_num_threads() if q.device.type == 'cpu' else 1
     if (
@@ -134,7 +136,7 @@ def choose_tile(
         or rows * row_bytes < MIN_PART_BYTES * parts
     ):
         parts = 1
-    return Tile(images=images, rows=max(1, -(-rows // parts)) * parts, parts=parts)
+    return Tile(images=images, rows=-(-rows // parts) * parts, parts=parts)
 
 
 def image_slices(batch: int, tile: Tile) -> Iterator[slice]:
