@@ -99,7 +99,7 @@ class Inferencer(ABC):
         Raises:
             InferenceError: If an image has another form.
         """
-        images = check_images(images)
+        images = list(images)
         if not images:
             return []
         samples = self.base.forward(self.preprocess(images))

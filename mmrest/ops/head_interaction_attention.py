@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .fast_path import is_exporting, is_transformed
-from .tiled import tiled_head_interaction_attention
+from .tiled import tiled_head_interaction_attention, to_parts
 from .triton_head_interaction import triton_head_interaction_attention, why_not
 
 ATTN_IMPLS = ('auto', 'tiled', 'triton', 'dense')
@@ -130,7 +130,7 @@ def attention(
     batch, parts = q.shape[0], _row_parts(q)
     if parts > 1:
         # B, h, N, d -> B * parts, h, N / parts, d, without a copy
-        q = q.unflatten(2, (parts, -1)).transpose(1, 2).flatten(0, 1)
+        q = to_parts(q, parts)
         k, v = (t[:, None].expand(-1, parts, -1, -1, -1).flatten(0, 1) for t in (k, v))
     x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
     if parts > 1:

@@ -159,12 +159,14 @@ def row_slices(num_queries: int, tile: Tile) -> Iterator[tuple[slice, int]]:
         start += length
 
 
-def _to_parts(x: Tensor, parts: int) -> Tensor:
-    """(images, h, rows, ...) -> (images * parts, h, rows / parts, ...), a view.
+def to_parts(x: Tensor, parts: int) -> Tensor:
+    """(images, h, rows, d) -> (images * parts, h, rows / parts, d).
 
-    Only the rows of a single image come in several parts.
+    It is a view of a single image, and of tokens in the order (images, rows, h, d).
     """
-    return x if parts == 1 else x[0].unflatten(1, (parts, -1)).transpose(0, 1)
+    if parts == 1:
+        return x
+    return x.unflatten(2, (parts, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def _for_each_part(x: Tensor, parts: int) -> Tensor:
@@ -287,7 +289,7 @@ def tiled_forward(
         k_parts, v_parts = (_for_each_part(x[images], tile.parts) for x in (k, v))
         for rows, parts in row_slices(num_queries, tile):
             # images * parts, h, rows / parts, d
-            q_tile = _to_parts(q[images, :, rows] * scale, parts)
+            q_tile = to_parts(q[images, :, rows] * scale, parts)
             k_tile, v_tile = k_parts[: len(q_tile)], v_parts[: len(q_tile)]
             # images * parts, h, rows / parts, M
             scores, attn = (work.tile(i, q_tile) for i in range(2))
@@ -299,7 +301,7 @@ def tiled_forward(
                 number = images.start * num_queries + rows.start
                 attn.mul_(_dropout_mask(attn, dropout_p, seed + number))
             product = torch.bmm(attn.flatten(0, 1).to(v.dtype), v_tile.flatten(0, 1))
-            _to_parts(out[images, :, rows], parts).copy_(product.view(q_tile.shape))
+            to_parts(out[images, :, rows], parts).copy_(product.view(q_tile.shape))
 
     variance = square_sum / max(1, num_queries * num_keys)
     rstd = (variance + eps).rsqrt()[..., None, None]
@@ -347,13 +349,13 @@ def tiled_backward(
         k_sum, v_sum = (k.new_zeros(k_parts.shape, dtype=dtype) for _ in range(2))
         for rows, parts in row_slices(num_queries, tile):
             # images * parts, h, rows / parts, d
-            q_tile = _to_parts(q[images, :, rows] * scale, parts)
+            q_tile = to_parts(q[images, :, rows] * scale, parts)
             k_tile, v_tile = k_parts[: len(q_tile)], v_parts[: len(q_tile)]
             # r must not meet G in float16, see above; elsewhere that saves two passes
             grad_tile = grad[images, :, rows].to(v.dtype if is_narrow else dtype)
             if not is_narrow:
                 grad_tile = (grad_tile * rstd[images]).to(v.dtype)
-            grad_tile = _to_parts(grad_tile, parts)
+            grad_tile = to_parts(grad_tile, parts)
             # images * parts, h, rows / parts, M
             scores, attn, centred, grad_attn = (work.tile(i, q_tile) for i in range(4))
             _probabilities(q_tile, k_tile, mix, scores, out=attn)
@@ -384,7 +386,7 @@ def tiled_backward(
                 q.new_empty(1, 1, 1), grad_scores.flatten(0, 1), k_tile.flatten(0, 1),
                 beta=0.0, alpha=scale,
             )  # fmt: skip
-            _to_parts(grad_q[images, :, rows], parts).copy_(product.view(q_tile.shape))
+            to_parts(grad_q[images, :, rows], parts).copy_(product.view(q_tile.shape))
             _accumulate(k_sum, grad_scores, q_tile)
         grad_k[images] = _sum_parts(k_sum, tile.parts)
         grad_v[images] = _sum_parts(v_sum, tile.parts)

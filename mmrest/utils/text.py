@@ -41,13 +41,11 @@ def parse_count(text: str) -> int:
     """Parse a number of 1 or more, for an option.
 
     Raises:
-        ArgumentTypeError: If the number is smaller.
-        ValueError: If the text is no number.
+        ArgumentTypeError: If the text is anything else.
     """
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f'must be 1 or more, found {number}')
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'must be an integer above 0, found {text!r}')
+    return int(text)
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -25,17 +25,11 @@ from benchmark_subjects import Shape, Subject, list_subjects
 from benchmark_worker import Settings, SubjectFailed, Worker
 
 from mmrest.models import rest, restv2
-from mmrest.utils.text import parse_size
+from mmrest.utils.text import parse_count, parse_size
 
 ARCHS = (*rest.ARCHS, *(f'v2-{arch}' for arch in restv2.ARCHS))
 DTYPES = ('float32', 'bfloat16', 'float16')
 SWEEP = ('320x320', '480x640', '640x1024', '800x1344', '1120x1792', '1600x2560')
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'must be an integer above 0, found {text!r}')
-    return int(text)
 
 
 def parse_args() -> argparse.Namespace:
@@ -45,16 +39,16 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     default = 'cuda' if torch.cuda.is_available() else 'cpu'
     add('--arch', nargs='+', choices=ARCHS, default=['small', 'base'])
-    add('--shape', nargs=2, type=_positive, metavar=('H', 'W'), help='[800 1344]')
-    add('--batch', type=_positive, default=1, metavar='N', help='images a step [1]')
+    add('--shape', nargs=2, type=parse_count, metavar=('H', 'W'), help='[800 1344]')
+    add('--batch', type=parse_count, default=1, metavar='N', help='images a step [1]')
     add('--dtype', nargs='+', choices=DTYPES, default=['float32'])
     add('--train', action='store_true', help='forward and backward')
     add('--with-cp', action='store_true', help='also with_cp=True; with --train')
     add('--compile', action='store_true', help='also through torch.compile')
     add('--peers', action='store_true', help="also MMDetection's backbones")
-    add('--repeats', type=_positive, default=5, metavar='N', help='steps [5]')
-    add('--warmup', type=_positive, default=1, metavar='N', help='more steps [1]')
-    add('--threads', type=_positive, metavar='N', help="[PyTorch's choice]")
+    add('--repeats', type=parse_count, default=5, metavar='N', help='steps [5]')
+    add('--warmup', type=parse_count, default=1, metavar='N', help='more steps [1]')
+    add('--threads', type=parse_count, metavar='N', help="[PyTorch's choice]")
     add('--device', default=default, help=f'[{default}]')
     add('--memory-limit', type=float, metavar='GIB', help='of a process [what is free]')
     add('--matmul', type=int, default=4096, metavar='N', help='side; 0: none [4096]')
