@@ -31,7 +31,7 @@ PYTEST = OMP_NUM_THREADS=1 '$(BIN)/python' -m pytest -n $(WORKERS) --dist loadfi
 	--no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo page test test-fast test-oldest lint docs bench soak
+.PHONY: help env demo page test test-fast test-oldest test-cuda lint docs bench soak
 
 help:
 	@echo 'make env          set up the environment   STACK=openmmlab|onedl ENV=folder PYTHON=python3.11'
@@ -41,6 +41,7 @@ help:
 	@echo 'make test         all tests                WORKERS=processes ARGS=options-of-pytest'
 	@echo 'make test-fast    the tests that are not marked slow'
 	@echo 'make test-oldest  the tests of the backbone with the oldest torch that is promised'
+	@echo 'make test-cuda    the tests that need a GPU   PYTHON=a Python that has torch for CUDA'
 	@echo 'make lint         ruff, codespell, mypy'
 	@echo 'make docs         build the documentation into site/'
 	@echo 'make bench        measure the backbone     ARGS=options-of-the-benchmark'
@@ -68,6 +69,10 @@ test-fast: env
 
 test-oldest:
 	@PYTHON='$(PYTHON)' bash tools/test_oldest_torch.sh $(ARGS)
+
+# The environment has torch for CPUs unless TORCH_INDEX said otherwise.
+test-cuda: $(if $(PYTHON),,env)
+	'$(or $(PYTHON),$(BIN)/python)' -m pytest tests/test_cuda tests/test_ops/test_triton.py $(ARGS)
 
 lint: env
 	'$(BIN)/ruff' check .

@@ -12,7 +12,6 @@ Google Drive, and has evaluated them again.
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import io
 import os
@@ -34,6 +33,11 @@ from .checkpoint.comparison import compare, describe_defects, explain, tensors_o
 from .checkpoint.reading import is_url
 from .models import ResT, ResTV2
 from .utils.text import shorten
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 # ---------------------------------------------------------------- sources
 
@@ -283,14 +287,17 @@ def _import_gdown() -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Lock a folder, for example against other ranks of a run."""
+    """Lock a folder, for example against other ranks of a run; not on Windows."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = None if fcntl is None else os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise WeightsError(
             f'{folder} could not be made or opened: {error.strerror}'
         ) from error
+    if descriptor is None:
+        yield
+        return
     try:
         with contextlib.suppress(OSError):  # of a file system without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -41,7 +41,8 @@ REQUEUE_STATUS = 75
 # variable with the path of a file that tools/dist_train.sh and slurm_train.sh read,
 # because torchrun and srun do not forward the status
 REQUEUE_FILE = 'MMREST_REQUEUE_FILE'
-STOP_SIGNALS = ('SIGTERM', 'SIGUSR1')
+# Windows has no SIGUSR1
+STOP_SIGNALS = tuple(s for s in ('SIGTERM', 'SIGUSR1') if hasattr(signal, s))
 
 # entries in the message hub of a checkpoint
 _VALIDATE = 'preempted_before_validation'
@@ -339,7 +340,8 @@ class PreemptionHook(Hook):
     data loaders are replaced only while the training loop runs.
 
     Args:
-        signals (tuple[str]): Default: ``('SIGTERM', 'SIGUSR1')``.
+        signals (tuple[str]): Default: ``('SIGTERM', 'SIGUSR1')``, or on Windows
+            ``('SIGTERM',)``.
         status (int): Exit status. Default: 75, which sysexits.h defines as a temporary
             failure.
         repeat (float): Seconds in which further signals count as the first one. A later
