@@ -40,7 +40,7 @@ help:
 	@echo 'make page         look at what a model finds, in a browser   CHECKPOINT=file CONFIG=file COMPARE=file PAGE_PORT=7860'
 	@echo 'make test         all tests                WORKERS=processes ARGS=options-of-pytest'
 	@echo 'make test-fast    the tests that are not marked slow'
-	@echo 'make test-oldest  the tests of the backbone with the oldest torch that is promised'
+	@echo 'make test-oldest  the tests of the backbone with the oldest torch that is promised, or TORCH=2.14.1'
 	@echo 'make test-cuda    the tests that need a GPU   PYTHON=a Python that has torch for CUDA'
 	@echo 'make lint         ruff, codespell, mypy'
 	@echo 'make docs         build the documentation into site/'
@@ -68,7 +68,7 @@ test-fast: env
 	$(PYTEST) -m 'not slow' $(ARGS)
 
 test-oldest:
-	@PYTHON='$(PYTHON)' bash tools/test_oldest_torch.sh $(ARGS)
+	@PYTHON='$(PYTHON)' TORCH='$(TORCH)' bash tools/test_oldest_torch.sh $(ARGS)
 
 # The environment has torch for CPUs unless TORCH_INDEX said otherwise.
 test-cuda: $(if $(PYTHON),,env)

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Runs the tests of the backbone with the oldest torch that pyproject.toml promises, and
-# with mmcv-lite, which is all that the backbone needs of mmcv. Takes a few minutes and
-# 6 GB (1 GB with TORCH_INDEX, an index of CPU builds).
+# Runs the tests of the backbone with the oldest torch that pyproject.toml promises, or
+# with TORCH, and with mmcv-lite, which is all that the backbone needs of mmcv. Takes a
+# few minutes and 6 GB (1 GB with TORCH_INDEX, an index of CPU builds).
 #
-#   tools/test_oldest_torch.sh [PYTEST-OPTION...]     ENV=folder [.venv-oldest]
+#   tools/test_oldest_torch.sh [PYTEST-OPTION...]   TORCH=2.14.1 ENV=folder [.venv-oldest]
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$here"
 env=${ENV:-.venv-oldest}
 
-torch=$(sed -nE 's/^dependencies = \["torch>=([0-9.]+)".*/\1/p' pyproject.toml)
+torch=${TORCH:-$(sed -nE 's/^dependencies = \["torch>=([0-9.]+)".*/\1/p' pyproject.toml)}
 [ -n "$torch" ] || {
   echo 'test_oldest_torch: pyproject.toml names no torch>=X' >&2
   exit 1
