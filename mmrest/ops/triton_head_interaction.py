@@ -64,9 +64,11 @@ try:
     import triton.language as tl
 except ImportError:  # PyTorch for CPUs comes without it
     HAS_TRITON = False
+    TRITON_VERSION: tuple[int, ...] = (0, 0)
     tl = SimpleNamespace(constexpr=None)
 else:
     HAS_TRITON = True
+    TRITON_VERSION = tuple(map(int, triton.__version__.split('.')[:2]))
 
 MIN_TRITON = (3, 4)
 MIN_CAPABILITY = (8, 0)
@@ -75,9 +77,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEADS = 8
 # Query rows of a program of the row kernels, which is as many warps: one row each.
 ROWS = 4
-# By itself, the assembler spills a register or two of some kernels, so that one more
-# block fits on a multiprocessor.
-PTX_OPTIONS = '--register-usage-level 3'
+# By itself (level 5), the assembler spills a register or two of some kernels, so that
+# one more block fits on a multiprocessor. That of Triton 3.8 does so at level 3, too.
+PTX_OPTIONS = f'--register-usage-level {3 if TRITON_VERSION < (3, 8) else 6}'
 # Bytes of one tile's scores in float32; two tiles are alive in the backward pass. At
 # this size, a launch has work for longer than the next one takes to prepare.
 GPU_TILE_BYTES = 512 * 2**20
@@ -128,7 +130,7 @@ def _device_problem(device: str, index: Optional[int]) -> Optional[str]:
 def _find_device_problem(device: str, index: Optional[int]) -> Optional[str]:
     if not HAS_TRITON:
         return 'Triton is not installed'
-    if tuple(map(int, triton.__version__.split('.')[:2])) < MIN_TRITON:
+    if TRITON_VERSION < MIN_TRITON:
         wanted = '.'.join(map(str, MIN_TRITON))
         return f'it needs Triton {wanted} or newer, found {triton.__version__}'
     # TRITON_INTERPRET=1 leaves no compiled functions: tests on a CPU

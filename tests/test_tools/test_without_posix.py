@@ -10,8 +10,8 @@ from tool_runs import NO_VAL, iterations
 # The libraries come first: on Windows they have other code for themselves.
 CODE = """
 import runpy, signal, sys
-import mmdet.datasets, mmdet.engine, mmdet.evaluation, mmdet.models, mmdet.visualization
-import mmengine.hub, mmengine.runner, timm, torch.distributed.fsdp, torch.multiprocessing
+import mmengine.hub, mmengine.runner, timm, torch.distributed.fsdp
+from mmdet import datasets, engine, evaluation, models, visualization
 for name in ('fcntl', 'grp', 'pwd', 'termios'):
     sys.modules[name] = None
 for name in ('SIGALRM', 'SIGHUP', 'SIGKILL', 'SIGUSR1', 'SIGUSR2', 'siginterrupt'):
