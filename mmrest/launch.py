@@ -11,6 +11,7 @@ import logging
 import os
 import os.path as osp
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -28,7 +29,6 @@ from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
 from torch import nn
 from torch.random import fork_rng
-from yaml import YAMLError
 
 from .checkpoint import (
     CheckpointError,
@@ -50,19 +50,6 @@ from .utils.results import ResultsError
 # The extra of pip that installs each toolbox
 EXTRAS = dict(mmdet='det', mmseg='seg', mmpretrain='cls')
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
-
-
-# Errors of MMEngine for a file that is not a config, or whose base is missing
-_READ_ERRORS = (
-    AssertionError,
-    ImportError,
-    KeyError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    ValueError,
-    YAMLError,
-)
 
 
 class LaunchError(ValueError):
@@ -240,9 +227,22 @@ def _read(name: str) -> Config:
         if '::' in name and not name.startswith(f'{SCOPE}::'):
             return get_config(name)
         return Config.fromfile(find_config(name) if '::' in name else name)
-    except _READ_ERRORS as error:
-        reason = error.args[0] if isinstance(error, KeyError) else error
-        raise LaunchError(f'cannot read the config {name}: {reason}') from error
+    except Exception as error:  # MMEngine's for what is no config, and the user's own
+        raise LaunchError(f'cannot read the config {name}: {_where(error)}') from error
+
+
+def _where(error: Exception) -> str:
+    """The message of an error, with the line of a config or module that raised it."""
+    reason = str(error.args[0] if isinstance(error, KeyError) else error)
+    lines = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.name == '<module>'
+    ]
+    if not lines or isinstance(error, (ImportError, SyntaxError)):
+        return reason or type(error).__name__
+    file, number, _, text = lines[-1]
+    return f'{type(error).__name__}: {reason}, in {file}, line {number}: {text}'
 
 
 def check_toolbox(cfg: Config, name: str) -> None:

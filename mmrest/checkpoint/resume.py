@@ -224,7 +224,7 @@ def _named(work_dir: str) -> Optional[str]:
     """The path in ``last_checkpoint``, if there is one."""
     try:
         with open(os.path.join(work_dir, 'last_checkpoint'), 'rb') as file:
-            text = file.read().decode(errors='replace').strip().strip('\0')
+            text = os.fsdecode(file.read()).strip().strip('\0')
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -201,7 +201,7 @@ class AtomicCheckpointHook(CheckpointHook):
 
         def write_name(temporary: str) -> None:
             if is_main_process():
-                Path(temporary).write_text(path)
+                Path(temporary).write_bytes(os.fsencode(path))
 
         atomic_save(os.path.join(runner.work_dir, 'last_checkpoint'), write_name)
         self._remove_outdated()

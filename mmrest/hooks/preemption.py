@@ -515,7 +515,8 @@ def _save(runner: Runner, done: int) -> str:
         runner.save_checkpoint(runner.work_dir, name, meta=meta, by_epoch=False)
         path = osp.join(runner.work_dir, name)
         if is_main_process():
-            atomic_write(osp.join(runner.work_dir, 'last_checkpoint'), path.encode())
+            last = osp.join(runner.work_dir, 'last_checkpoint')
+            atomic_write(last, os.fsencode(path))
         return path
     before = hook.by_epoch, hook.filename_tmpl, hook.max_keep_ckpts
     is_extra = hook.by_epoch

@@ -1,4 +1,4 @@
-"""Messages about a full disk, except for checkpoints.
+"""Messages about full disks and folders that cannot be written, except for checkpoints.
 
 For those, see :mod:`mmrest.checkpoint.atomic`.
 """
@@ -6,11 +6,41 @@ For those, see :mod:`mmrest.checkpoint.atomic`.
 import errno
 import logging
 import os
+import os.path as osp
 import shutil
 import sys
+import tempfile
 from typing import Optional
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+# about the size of log and config before the first checkpoint
+_PROBE_BYTES = 64 * 1024
+
+
+def explain_unwritable(folder: str) -> Optional[str]:
+    """Say why nothing can be written in a folder; None if it can.
+
+    A small file without a name is written and removed. For a folder that does not
+    exist, its parent is checked.
+    """
+    folder = existing = osp.abspath(folder)
+    while not osp.lexists(existing):
+        existing = osp.dirname(existing)
+    try:
+        if not osp.isdir(existing):
+            raise NotADirectoryError(errno.ENOTDIR, 'it is a file', existing)
+        with tempfile.TemporaryFile(dir=existing) as probe:
+            probe.write(bytes(_PROBE_BYTES))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        where = folder if existing == folder else f'{folder} (in {existing})'
+        return (
+            f'nothing can be written in {where}: {error.strerror}. '
+            f'{free_space(existing)}'
+        )
+    return None
 
 
 def explain_disk_error(error: OSError, folder: str) -> Optional[str]:

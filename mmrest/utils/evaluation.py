@@ -10,6 +10,7 @@ from mmengine.runner import Runner
 
 from ..launch import LaunchError
 from .config_types import find_toolbox, type_name
+from .disk import explain_unwritable
 
 # Options with which each toolbox's hook draws, and the option for the folder (None: the
 # visualizer has it)
@@ -100,8 +101,13 @@ def write_predictions(cfg: Config, path: str) -> None:
     folder of its label images. The metrics in ``test_evaluator`` are changed in place.
 
     Raises:
-        LaunchError: If the evaluator cannot save such a file.
+        LaunchError: If the evaluator cannot save such a file, or nothing can be written
+            in its folder.
     """
+    is_web = '://' in path
+    problem = None if is_web else explain_unwritable(osp.dirname(osp.abspath(path)))
+    if problem:  # else known after the last image
+        raise LaunchError(f'--out {path}: {problem} Give another path.')
     evaluator: Any = cfg.get('test_evaluator') or []
     inner = isinstance(evaluator, dict) and 'metrics' in evaluator
     metrics = evaluator['metrics'] if inner else evaluator

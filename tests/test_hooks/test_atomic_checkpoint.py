@@ -25,7 +25,12 @@ from toy_runs import (
     train_in_two,
 )
 
-from mmrest.checkpoint import CheckpointError, CheckpointWriteError, read_checkpoint
+from mmrest.checkpoint import (
+    CheckpointError,
+    CheckpointWriteError,
+    find_latest,
+    read_checkpoint,
+)
 from mmrest.hooks import exact_resume
 
 BEST = dict(save_best='val/loss', rule='less')
@@ -140,6 +145,12 @@ def test_other_storages_go_mmengines_way(tmp_path):
 
 
 # ------------------------------------------------------------------ failing writes
+
+
+def test_folder_whose_name_is_not_utf8(tmp_path):
+    folder = tmp_path / os.fsdecode(b'caf\xe9')
+    train(folder, iters=2)
+    assert find_latest(folder).iteration == 2 and not find_latest(folder).warning
 
 
 @pytest.mark.parametrize(

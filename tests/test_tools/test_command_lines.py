@@ -51,6 +51,19 @@ def test_unknown_config(tool, name, config, expected):
             "custom_imports = dict(imports=['none'])",
             'Failed to import custom modules',
         ),
+        (
+            'c.py',
+            "a = 1\nx = {}['k']",
+            r"KeyError: k, in .*c\.py, line 2: x = {}\['k'\]",
+        ),
+        ('c.py', 'x = 1 / 0', r'ZeroDivisionError: division.*c\.py, line 1'),
+        ('c.py', 'x = unknown', r"NameError: .*'unknown'.*c\.py, line 1"),
+        (
+            'c.py',
+            "_base_ = 'mmrest::retinanet/rest_small_fpn_1x.py'\n"
+            'model = dict(backbone=dict(arch=dict(depths=1)))',
+            'arch is a dict in the child config but is of type .*_delete_=True',
+        ),
         ('c.yaml', 'model: [', 'parsing a flow node'),
         ('c.json', '{"model": ', 'Expecting value'),
         ('c.pth', 'PK', 'Only py/'),

@@ -11,6 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from mmrest.checkpoint import read_checkpoint
+from mmrest.launch import LaunchError
 from mmrest.utils.evaluation import draw_predictions, write_predictions
 
 
@@ -138,6 +139,15 @@ def test_show_dir_keeps_the_other_backends():
     draw_predictions(cfg, show_dir='out')
     backends[1]['img_save_dir'] = '../out'
     assert cfg.visualizer.vis_backends == backends
+
+
+@pytest.mark.parametrize('name', ['all.pkl', 'all.json'])
+def test_out_that_cannot_be_written_is_told_first(tmp_path, name):
+    (tmp_path / 'file').touch()
+    metric = dict(type='CocoMetric')
+    cfg = Config(dict(default_scope='mmdet', test_evaluator=metric))
+    with pytest.raises(LaunchError, match='nothing can be written in .*file/none'):
+        write_predictions(cfg, str(tmp_path / 'file' / 'none' / name))
 
 
 @pytest.mark.parametrize('form', ['dict', 'list', 'metrics'])
