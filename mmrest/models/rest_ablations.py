@@ -123,8 +123,9 @@ class LearnableEmbedding(nn.Module):
         if found is None or not found.is_floating_point() or found.dim() != 4:
             return
         if found.shape[:2] == self.pos_embed.shape[:2]:
-            grid = self.pos_embed.shape[-2:]
-            state_dict[name] = _resize(found.float(), grid).to(found.dtype)
+            wide = found if found.dtype == torch.float64 else found.float()
+            resized = _resize(wide, self.pos_embed.shape[-2:])
+            state_dict[name] = resized.to(found.dtype)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any

@@ -173,6 +173,21 @@ def test_learnable_embedding_of_another_grid_is_interpolated(tmp_path, through):
     assert source.stem.pos.pos_embed.shape[-1] == 16, 'the source is unchanged'
 
 
+@pytest.mark.parametrize('size', [64, 96])
+def test_learnable_embedding_is_loaded_in_its_own_precision(size):
+    source, model = (
+        ResT(TINY, pos_cfg=dict(type='le', image_size=s)).double() for s in (64, size)
+    )
+    position = image(source.stem.pos.pos_embed.shape).double() / 3
+    source.stem.pos.pos_embed.data.copy_(position)
+    model.load_state_dict(source.state_dict())
+    found = model.stem.pos.pos_embed
+    expected = nn.functional.interpolate(
+        position, size=found.shape[2:], mode='bicubic', align_corners=False
+    )
+    torch.testing.assert_close(found.detach(), expected, rtol=1e-14, atol=1e-14)
+
+
 def test_positions_registered_elsewhere():
     """From MMEngine's registry, another package's, and by class."""
 
