@@ -16,7 +16,7 @@ The features are the maps of the stages as in the classifier. For the normalised
 the detectors, use ``type='ResT'``.
 """
 
-from typing import Any, Union
+from typing import Any, Callable, Union
 
 from timm.layers import SelectAdaptivePool2d
 from timm.models import (
@@ -110,8 +110,14 @@ class _Classifier(BaseResT):
         )
         self.head = head
 
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """The layer of a parameter, or its stage, as for MMEngine's optimizers."""
+        depth = self.get_stage_depth if coarse else self.get_layer_depth
+        return lambda name: depth(name)[0]
+
     def forward_features(self, x: Tensor) -> Tensor:
-        return super().forward(x)[0]
+        # not the backbone's forward, which needs stage 4: it may have been pruned
+        return self.forward_intermediates(x, 1, norm=True, intermediates_only=True)[0]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.head_drop(self.global_pool(x))
@@ -160,7 +166,7 @@ class _Classifier(BaseResT):
         if prune_norm or self.num_stages < NUM_STAGES:
             self.norm: nn.Module = nn.Identity()
         if prune_head:
-            self.reset_classifier(0)
+            self.reset_classifier(0, '')
         return wanted
 
 

@@ -74,6 +74,30 @@ def test_features(name, out_indices):
     assert len(found) == len(wanted)
 
 
+@pytest.mark.parametrize('name', ['rest_lite', 'restv2_tiny'])
+@pytest.mark.parametrize('last', range(4))
+def test_pruned(name, last):
+    model = timm.create_model(name, **SMALL).eval()
+    x = torch.rand(1, 3, 50, 70)
+    with torch.no_grad():
+        expected = model.forward_intermediates(x, [last], intermediates_only=True)
+        model.prune_intermediate_layers([last], prune_norm=True)
+        assert torch.equal(model.forward_features(x), expected[0])
+        assert torch.equal(model(x), expected[0])
+
+
+def test_layer_decay():
+    from timm.optim import param_groups_layer_decay
+
+    model = timm.create_model('rest_lite', **SMALL)
+    groups = param_groups_layer_decay(model, layer_decay=0.5)
+    scales = {id(p): group['lr_scale'] for group in groups for p in group['params']}
+    for name, parameter in model.named_parameters():
+        layer, count = model.get_layer_depth(name)
+        assert scales[id(parameter)] == 0.5 ** (count - 1 - layer), name
+    assert model.group_matcher(coarse=True)('stage4.0.norm1.weight') == 4
+
+
 @pytest.mark.parametrize(
     'options',
     [{}, dict(num_classes=7), dict(in_chans=4), dict(features_only=True)],
