@@ -103,7 +103,8 @@ def choose_tile(
     """Choose the tile for queries of shape (B, h, N, d) and ``num_keys`` keys.
 
     Whole images are taken together while they fit into :func:`tile_bytes`;
-    otherwise one image is cut into equal tiles of at least ``MIN_ROWS`` rows.
+    otherwise one image is cut into equal tiles, as few as fit. A tile may always have
+    ``MIN_ROWS`` rows.
 
     Args:
         q (Tensor): Queries, of shape (B, h, N, d).

@@ -1,6 +1,7 @@
 """Every implementation against the dense form, forward and backward."""
 
 from importlib import import_module
+from itertools import combinations
 
 import pytest
 import torch
@@ -142,6 +143,20 @@ def test_dense_has_second_order_gradients():
     assert torch.autograd.gradgradcheck(function, qkv)
 
 
+@pytest.mark.parametrize('attn_impl', ['dense', 'tiled'])
+def test_scale_and_eps_are_those_that_are_given(attn_impl):
+    inputs = make_inputs(Shape(2, 3, 9, 7, 4), torch.float64)
+    q, k, v, weight, bias = inputs.values()
+    scores = torch.einsum('ijab,njxy->nixy', weight, 0.3 * q @ k.transpose(-2, -1))
+    maps = (scores + bias[:, None, None]).softmax(-1)
+    variance = maps.var((2, 3), unbiased=False, keepdim=True)
+    expected = (maps - 1 / 7) / (variance + 0.2).sqrt() @ v
+    found = head_interaction_attention(
+        **inputs, scale=0.3, eps=0.2, attn_impl=attn_impl
+    )
+    torch.testing.assert_close(found, expected)
+
+
 def test_dropout_scales_and_zeroes():
     shape = Shape(1, 2, 200, 30, 30)
     inputs = make_inputs(shape, torch.float64)
@@ -168,6 +183,19 @@ def test_dropout_follows_the_global_seed():
 
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2))
+
+
+def test_dropout_of_every_tile_is_drawn_anew():
+    inputs = make_inputs(Shape(2, 2, 20, 30, 30), torch.float64)
+    inputs['v'] = torch.eye(30, dtype=torch.float64).expand(2, 2, 30, 30)
+    maps = head_interaction_attention(
+        **inputs, dropout_p=0.5, attn_impl='tiled', tile_rows=10
+    )
+    tiles = (maps != 0).unflatten(2, (2, 10)).transpose(1, 2).flatten(0, 1)
+    assert len(tiles) == 4
+    for one, other in combinations(tiles, 2):
+        # independent masks agree in half of their entries
+        assert 0.3 < float((one == other).double().mean()) < 0.7
 
 
 @pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
