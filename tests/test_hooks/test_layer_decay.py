@@ -95,6 +95,18 @@ def test_depth_of_the_second_generation():
     check_depth(ResTV2(arch), TINY['depths'], 'stem.proj.0.weight', entries, last)
 
 
+@pytest.mark.parametrize('kind, entry', [(ResT, 'patch_embed_'), (ResTV2, 'patch_')])
+def test_rate_of_each_stage(kind, entry):
+    """As published for UPerNet with v2: an entry belongs to the stage before it."""
+    model = Detector(kind(TINY))
+    found = groups(model, build(model, layer_decay_rate=0.9, decay_type='stage_wise'))
+    layers = {'stem': 0, **{f'stage{i}': i for i in (1, 2, 3, 4)}}
+    layers.update({f'{entry}{i}': i - 1 for i in (2, 3, 4)})
+    for name, group in found.items():
+        layer = layers.get(name.split('.')[1], 5)
+        assert group['lr'] == pytest.approx(LR * 0.9 ** (5 - layer)), name
+
+
 def test_depth_below_a_prefix():
     model = ResT(TINY)
     depth = model.get_layer_depth

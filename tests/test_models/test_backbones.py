@@ -98,6 +98,13 @@ def test_shapes_of_no_image_and_of_no_values(kind, device, batch):
     assert all(len(out) == batch for out in outs)
 
 
+@BOTH
+def test_ratio_of_each_mlp(kind):
+    model = kind({**TINY, 'mlp_ratios': [4, 1.5, 0.3, 2]})
+    widths = [model.stage(i)[0].mlp.fc1.out_features for i in range(4)]
+    assert widths == [32, 24, 7, 64]
+
+
 def test_no_bias_and_other_channels():
     model = ResT(TINY, in_channels=5, qkv_bias=False)
     names = dict(model.named_parameters())
@@ -203,6 +210,12 @@ def test_drop_rates_act_in_training_only(attn_impl):
     assert torch.equal(model.eval()(x)[3], plain(x)[3])
     model.train()
     assert not torch.equal(model(x)[3], model(x)[3])
+
+
+def test_each_drop_rate_reaches_its_layers():
+    for block in tiny(ResT, drop_rate=0.1, attn_drop_rate=0.2).stage2:
+        assert block.attn.proj_drop.p == block.mlp.drop.p == 0.1
+        assert block.attn.attn_drop == 0.2
 
 
 @pytest.mark.parametrize('kind, arch', [(ResT, 'small'), (ResTV2, 'tiny')])

@@ -111,6 +111,15 @@ def test_equations_of_the_attentions():
     torch.testing.assert_close(emsa.attend(q, k, v), expected)
 
 
+@pytest.mark.parametrize('heads', [1, 2])
+@pytest.mark.parametrize('cls', [EMSA, ReducedMSA, UnnormalisedEMSA])
+def test_maps_have_dropout_in_training_only(cls, heads):
+    module, x = cls(dim=8, num_heads=heads, attn_drop=0.5), image((1, 35, 8))
+    assert not torch.equal(module(x, (5, 7)), module(x, (5, 7)))
+    module.eval()
+    assert torch.equal(module(x, (5, 7)), module(x, (5, 7)))
+
+
 @pytest.mark.parametrize('size', [(1, 1), (5, 7), (8, 8), (9, 16)])
 @pytest.mark.parametrize('sr_ratio', [2, 4, 8])
 def test_reductions_give_the_same_grid(sr_ratio, size):
