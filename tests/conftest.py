@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import subprocess
+import tempfile
 import threading
 from pathlib import Path
 
@@ -43,6 +44,20 @@ def no_layout():
             name = f'{module}.FormatCode'
             patch.setattr(name, lambda text, **_: (text, False), raising=False)
         yield own
+
+
+@pytest.fixture(autouse=True, scope='session')
+def inductor_cache():
+    """A cache for each instruction set, which that of PyTorch does not tell apart.
+
+    It is kept for the next run, since compiling takes a minute.
+    """
+    usual = Path(tempfile.gettempdir()) / f'torchinductor_{os.getuid()}'
+    base = os.environ.get('TORCHINDUCTOR_CACHE_DIR', usual)
+    capability = torch.backends.cpu.get_cpu_capability()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('TORCHINDUCTOR_CACHE_DIR', f'{base}_{capability}')
+        yield
 
 
 @pytest.fixture(autouse=True, scope='session')
