@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .preprocessing import Preprocess, require
-from .verification import SCORE, Arrays
+from .verification import SCORE, Arrays, Differences
 
 
 class Classifier(nn.Module):
@@ -58,9 +58,8 @@ class Classifier(nn.Module):
         found = self.model.test_step(dict(inputs=pixels))
         return dict(scores=torch.stack([x.pred_score for x in found]).numpy())
 
-    def compare(self, found: Arrays, expected: Arrays) -> tuple[str, str]:
-        """Return the difference, empty if there is none, and what was compared."""
+    def compare(self, found: Arrays, expected: Arrays) -> tuple[Differences, str]:
+        """Return the difference, and what was compared."""
         difference = float(np.abs(found['scores'] - expected['scores']).max())
-        if difference > SCORE:
-            return f'a probability by {difference:.1e}, more than {SCORE}', ''
-        return '', f'{found["scores"].shape[1]} probabilities'
+        count = f'{found["scores"].shape[1]} probabilities'
+        return [(difference / SCORE, f'a probability by {difference:.1e}')], count

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .operators import nms, paste_masks, pyramid_roi_align
 from .preprocessing import Preprocess, require, side_of
-from .verification import Arrays, compare_detections
+from .verification import Arrays, Differences, compare_detections
 
 # MMDetection's limit on the logarithm of a decoded width or height
 MAX_LOG_RATIO = 4.135166556742356
@@ -72,7 +72,7 @@ class Detector(nn.Module):
             result['masks'] = found.masks
         return {name: tensor.numpy() for name, tensor in result.items()}
 
-    def compare(self, found: Arrays, expected: Arrays) -> tuple[str, str]:
+    def compare(self, found: Arrays, expected: Arrays) -> tuple[Differences, str]:
         """See :func:`mmrest.deployment.verification.compare_detections`."""
         limit = self.cfg.max_per_img
         return compare_detections(found, expected, self.score_threshold, limit)
@@ -154,9 +154,9 @@ class MaskRCNN(Detector):
         self.cfg, self.num_classes = roi.test_cfg, roi.bbox_head.num_classes
         self.paste, self.with_mask = paste, roi.with_mask
 
-    def compare(self, found: Arrays, expected: Arrays) -> tuple[str, str]:
-        """As for other detectors; masks of boxes are pasted first."""
-        if 'masks' in expected and not self.paste:
+    def compare(self, found: Arrays, expected: Arrays) -> tuple[Differences, str]:
+        """As for other detectors; masks of boxes, which are not bool, are pasted."""
+        if 'masks' in expected and found['masks'].dtype != bool:
             height, width = expected['masks'].shape[1:]
             masks, boxes = (torch.from_numpy(found[n]) for n in ('masks', 'boxes'))
             rows, columns = torch.arange(height) + 0.5, torch.arange(width) + 0.5

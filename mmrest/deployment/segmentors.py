@@ -10,7 +10,7 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
 from .preprocessing import Preprocess, require, side_of
-from .verification import MASK, Arrays
+from .verification import MASK, Arrays, Differences
 
 
 class Segmentor(nn.Module):
@@ -83,12 +83,11 @@ class Segmentor(nn.Module):
         labels = [sample.pred_sem_seg.data[0] for sample in found]
         return dict(labels=torch.stack(labels).numpy())
 
-    def compare(self, found: Arrays, expected: Arrays) -> tuple[str, str]:
-        """Return the difference, empty if there is none, and what was compared."""
-        differing = float((found['labels'] != expected['labels']).mean())
-        if differing > MASK:
-            return f'{differing:.2%} of the labels, more than {MASK:.2%}', ''
-        return '', f'{len(np.unique(expected["labels"]))} classes'
+    def compare(self, found: Arrays, expected: Arrays) -> tuple[Differences, str]:
+        """Return the difference, and what was compared."""
+        part = float((found['labels'] != expected['labels']).mean())
+        count = f'{len(np.unique(expected["labels"]))} classes'
+        return [(part / MASK, f'{part:.2%} of the labels')], count
 
 
 def _with_free_sizes(layer: Upsample) -> nn.Module:

@@ -15,7 +15,8 @@ pytest.importorskip('onnxruntime', reason='needs the extra [deploy]')
 pytest.importorskip('onnxscript', reason='needs the extra [deploy]')
 
 # Their weights are drawn: rounding alone, as between two forms of the attention in
-# PyTorch, moves boxes of the Mask R-CNNs by 0.02 pixel and scores by 2e-4 at 33x47.
+# PyTorch, moves boxes of the Mask R-CNNs by 0.03 pixel and scores by 2e-4, and by 0.1
+# pixel at 33x47, where it is measured.
 BOUNDS = {'retinanet': dict(), 'mask_rcnn': dict(pixels=0.1, score=1e-3)}
 
 
@@ -42,7 +43,11 @@ def test_golden_file(
 
     from mmrest.converters import to_mmdet
     from mmrest.deployment import export
-    from mmrest.deployment.verification import compare_detections, scale_picture
+    from mmrest.deployment.verification import (
+        check,
+        compare_detections,
+        scale_picture,
+    )
 
     monkeypatch.syspath_prepend(str(repo / 'tools' / 'deployment'))
     from run_exported import ExportedModel
@@ -74,12 +79,18 @@ def test_golden_file(
         masks = np.unpackbits(golden['masks'], axis=-1)[..., : size[1]]
         golden['masks'] = masks.astype(bool)
     bounds = BOUNDS[kind]
-    problem, _ = compare_detections(found, golden, 0.05, 100, **bounds)
-    assert not problem
+
+    def differing(expected):
+        pairs, _ = compare_detections(found, expected, 0.05, 100, **bounds)
+        return [text for value, text in pairs if value > 1]
+
+    assert not differing(golden)
     photo = np.asarray(Image.open(min((shared / 'data/demo_images').glob('*.jpg'))))
     # the last is larger than the example that a file was captured with
-    for shape in ((333, 501), (33, 47), *([(768, 1024)] if ending else [])):
+    for shape in ((333, 501), *([(768, 1024)] if ending else [])):
         image, size = scale_picture(photo, shape)[None], np.array([400, 601])
-        found, expected = run(image, size), reference.predict(image, size)
-        problem, _ = compare_detections(found, expected, 0.05, 100, **bounds)
-        assert not problem, shape
+        found = run(image, size)
+        assert not differing(reference.predict(image, size)), shape
+    image = scale_picture(photo, (33, 47))[None]
+    problem, _ = check(run(image, size), reference, image, size)
+    assert not problem
