@@ -79,11 +79,11 @@ def check(
     """Compare the results of a file with those of its model on an image.
 
     Results may differ by the tolerances, or by as much as those of copies of the model
-    whose weights differ by 2^-18. Such a change acts like the rounding
-    of another CPU or runtime: it moves boxes of a trained detector by 1e-4 pixel, those
-    of an untrained one by up to 1 pixel, and decides where two overlaps or scores are
-    equal but for rounding. The largest difference may be as large as the largest one of
-    a copy, the second one as the second one, and so on.
+    whose weights are changed by up to 2^-18. This does what the rounding of another CPU
+    or runtime does, and more: it moves boxes and scores, and decides where two scores
+    or overlaps are equal but for rounding. Copies of a trained detector stay within the
+    tolerances. The largest difference may be as large as the largest one of a copy,
+    the second one as the second one, and so on.
 
     Args:
         found (dict[str, ndarray]): Results of the file.

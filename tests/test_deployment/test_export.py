@@ -211,7 +211,7 @@ def test_masks_of_boxes_and_a_file_that_differs(
     def nothing(image, size):
         return {name: array[:0] for name, array in found.items()}
 
-    with pytest.raises(VerificationError, match='20 beyond rounding, such as class'):
+    with pytest.raises(VerificationError, match='beyond rounding, such as class'):
         verify(program.run, Model(less_sure), [image], lambda x: x)
     text = verify(nothing, Model(nothing), [image], lambda x: x)
     assert 'give --verify a picture' in text
