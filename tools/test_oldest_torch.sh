@@ -21,7 +21,7 @@ if [ "$(cat "$env/mmrest-torch" 2>/dev/null)" != "$stamp" ]; then
   pip 'setuptools<81' wheel
   pip ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "torch==$torch.*"
   # MMCV's own build wants setuptools and torch at hand
-  pip --no-build-isolation 'numpy<2' 'opencv-python-headless<4.12' mmengine==0.10.7 \
+  pip --no-build-isolation numpy opencv-python-headless mmengine==0.10.7 \
     mmcv-lite==2.1.0
   pip -r <(grep -E '^(pytest|hypothesis)' requirements/dev.txt)
   echo "$stamp" >"$env/mmrest-torch"
