@@ -29,7 +29,7 @@ from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from ..checkpoint.atomic import atomic_write
 from ..utils.delayed_flag import DelayedFlag
@@ -241,7 +241,9 @@ def shield_workers(loaders: Iterable[DataLoader]) -> Iterator[None]:
 
     Their ``worker_init_fn`` is replaced, and restored at the end, also after an error.
     """
-    shielded = [(x, WorkerShield(x.worker_init_fn)) for x in loaders if x.num_workers]
+    shielded = [
+        (x, WorkerShield(x.worker_init_fn)) for x in loaders if _has_workers(x)
+    ]
     try:
         for loader, shield in shielded:
             loader.worker_init_fn = shield
@@ -261,6 +263,10 @@ class _Itself(NamedTuple):
         return self.value
 
 
+def _has_workers(loader: Any) -> bool:
+    return isinstance(loader, DataLoader) and loader.num_workers > 0
+
+
 def _renew_loader(runner: Runner, loop: BaseLoop) -> bool:
     """Replace workers that a loop has started before any hook was called.
 
@@ -269,7 +275,8 @@ def _renew_loader(runner: Runner, loop: BaseLoop) -> bool:
     """
     iterator: Any = getattr(loop, 'dataloader_iterator', None)
     # (OneDL's MMEngine starts them with the first batch)
-    if getattr(iterator, '_iterator', None) is None or not loop.dataloader.num_workers:
+    started = getattr(iterator, '_iterator', None) is not None
+    if not started or not _has_workers(loop.dataloader):
         return False
     config = runner._train_dataloader
     if isinstance(config, DataLoader):
@@ -291,33 +298,33 @@ def _renew_loader(runner: Runner, loop: BaseLoop) -> bool:
 
 
 class RestOfBatches:
-    """A batch sampler that skips its first ``done`` batches once.
+    """A batch sampler or data loader that skips its first ``done`` batches once.
 
-    It also has the attributes of the sampler that it wraps.
+    It also has the attributes of what it wraps.
     """
 
-    def __init__(self, batch_sampler: Any, done: int) -> None:
-        self._batch_sampler = batch_sampler
+    def __init__(self, batches: Any, done: int) -> None:
+        self._batches = batches
         self._done = done
-        self._state = torch.get_rng_state()
+        self._state = exact_resume.capture()
 
     def __iter__(self) -> Iterator:
-        batches = iter(self._batch_sampler)
+        batches = iter(self._batches)
         if self._done:
             for _ in range(self._done):
                 next(batches, None)
             self._done = 0
             # the numbers at the start of the epoch were drawn before the checkpoint
-            torch.set_rng_state(self._state)
+            exact_resume.restore(self._state)
         yield from batches
 
     def __len__(self) -> int:
-        return len(self._batch_sampler)
+        return len(self._batches)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith('__'):
             raise AttributeError(name)
-        return getattr(self.__dict__['_batch_sampler'], name)
+        return getattr(self.__dict__['_batches'], name)
 
 
 # --------------------------------------------------------------------- the hook
@@ -401,15 +408,20 @@ class PreemptionHook(Hook):
         """Start a resumed epoch where its checkpoint was saved.
 
         MMEngine would repeat the epoch from its first batch, and do more iterations
-        than planned. No images are loaded for skipped batches.
+        than planned. No images are loaded for skipped batches, except by a loader
+        without a batch sampler or of an ``IterableDataset``.
         """
         if not isinstance(runner.train_loop, EpochBasedTrainLoop):
             return
         loader = runner.train_dataloader
         done = runner.iter - runner.epoch * len(loader)
         if 0 < done <= len(loader):
-            # torch forbids the assignment, which existing iterators do not see
-            loader.__dict__['batch_sampler'] = RestOfBatches(loader.batch_sampler, done)
+            batches = getattr(loader, 'batch_sampler', None)
+            if batches is None or isinstance(loader.dataset, IterableDataset):
+                runner.train_loop.dataloader = RestOfBatches(loader, done)
+            else:
+                # torch forbids the assignment, which existing iterators do not see
+                loader.__dict__['batch_sampler'] = RestOfBatches(batches, done)
             runner.logger.info(
                 f'{done} of the {len(loader)} batches of epoch {runner.epoch + 1} are '
                 'done and skipped.'

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from kill_checks import needs_past_data, same
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from toy_runs import (
     FORK,
     Calls,
@@ -248,6 +248,45 @@ def test_given_data_loader_is_put_back(tmp_path):
     hooks = [HOOK, Calls(fail, train=2)]
     pytest.raises(Fails, train, tmp_path, hooks=hooks, epochs=1, dataloader=loader)
     assert loader.worker_init_fn is mine
+
+
+class Stream(IterableDataset):
+    """Images in order, and numbers from the generator of the process."""
+
+    metainfo = Images.metainfo
+
+    def __len__(self):
+        return 8
+
+    def __iter__(self):
+        images = Images(noisy=True)
+        return (images[index] for index in range(len(self)))
+
+
+class OwnLoader:
+    """What MMEngine's loops need of a data loader, and no more."""
+
+    dataset = Stream()
+
+    def __len__(self):
+        return 4
+
+    def __iter__(self):
+        return iter(DataLoader(self.dataset, batch_size=2, collate_fn=collate))
+
+
+@pytest.mark.parametrize(
+    ('kind', 'epochs', 'when'), [('own', 0, 3), ('own', 2, 6), ('iterable', 2, 6)]
+)
+def test_loaders_without_a_sampler(tmp_path, kind, epochs, when):
+    """A stream has no batches that could be skipped without reading them."""
+    loader = DataLoader(Stream(), batch_size=2, collate_fn=collate)
+    options = dict(epochs=epochs, dataloader=OwnLoader() if kind == 'own' else loader)
+    assert stopped(tmp_path / 'run', at('SIGTERM', train=when), **options) == 75
+    assert stopped(tmp_path / 'run', resume=True, **options) == 0
+    train(tmp_path / 'whole', **options)
+    last = 'epoch_2.pth' if epochs else 'iter_6.pth'
+    assert_same(tmp_path / 'run', tmp_path / 'whole', last)
 
 
 def test_training_that_failed_does_not_ask_to_be_repeated(tmp_path, monkeypatch):
