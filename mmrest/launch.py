@@ -10,6 +10,7 @@ import copy
 import logging
 import os
 import os.path as osp
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
 from mmengine.dist import init_dist
 from mmengine.hub import get_config
@@ -93,7 +94,15 @@ class OverrideAction(DictAction):
                     f'{text!r} is no KEY=VALUE. Everything that follows --cfg-options '
                     'must be one, up to the next option; name files before it.'
                 )
-        super().__call__(parser, namespace, values, *args)
+            if re.search(r'[=\[(,]\s*(dict\(|\{)', text):  # it would become a string
+                parser.error(
+                    f'{text}: a dict cannot be a value. Give its fields, as in '
+                    'model.backbone.init_cfg.type=Pretrained, or set it in the config.'
+                )
+        try:
+            super().__call__(parser, namespace, values, *args)
+        except (AssertionError, RecursionError) as error:
+            parser.error(f'{" ".join(values)}: brackets do not match. {error}')
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -185,6 +194,7 @@ def load_config(
     cfg = _read(name)
     check_toolbox(cfg, name)
     if cfg_options:
+        _make_room(cfg, cfg_options)
         try:
             cfg.merge_from_dict(cfg_options)
         except (KeyError, TypeError) as error:
@@ -197,6 +207,22 @@ def load_config(
             'as those in configs/, not one in configs/_base_.'
         )
     return cfg
+
+
+def _make_room(cfg: Config, options: dict) -> None:
+    """Replace None by a dict where options set fields of it, as MMEngine refuses."""
+    for key in options:
+        part: Any = cfg
+        for name in key.split('.')[:-1]:
+            if isinstance(part, (list, tuple)):
+                inside = name.isdecimal() and int(name) < len(part)
+                part = part[int(name)] if inside else None
+            elif isinstance(part, (dict, Config)) and name in part:
+                if part[name] is None:
+                    part[name] = ConfigDict()
+                part = part[name]
+            else:
+                break
 
 
 def load_run_config(args: argparse.Namespace) -> Config:

@@ -241,9 +241,7 @@ def shield_workers(loaders: Iterable[DataLoader]) -> Iterator[None]:
 
     Their ``worker_init_fn`` is replaced, and restored at the end, also after an error.
     """
-    shielded = [
-        (x, WorkerShield(x.worker_init_fn)) for x in loaders if _has_workers(x)
-    ]
+    shielded = [(x, WorkerShield(x.worker_init_fn)) for x in loaders if _has_workers(x)]
     try:
         for loader, shield in shielded:
             loader.worker_init_fn = shield

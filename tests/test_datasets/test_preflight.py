@@ -176,6 +176,38 @@ def test_heads_of_another_class_count(cfg, finding):
     assert 'mask_head' not in text
 
 
+@pytest.mark.parametrize(
+    ('backbone', 'expected'),
+    [
+        (dict(arch='base'), 'neck.in_channels=[96,192,384,768], or correct'),
+        (dict(out_indices=(1, 2)), 'have 128, 256 channels'),
+        (dict(arch='basic'), "model.backbone: arch must be one of 'lite'"),
+        (dict(drop_path=0.1), "unexpected keyword argument 'drop_path'"),
+    ],
+)
+def test_backbone_that_does_not_fit(cfg, finding, backbone, expected):
+    fitting = dict(type='ResT', arch='small')
+    cfg.model.backbone = fitting
+    cfg.model.neck.in_channels = [64, 128, 256, 512]
+    check_config(cfg)
+    cfg.model.backbone = dict(fitting, **backbone)
+    assert expected in finding(cfg)
+
+
+def test_channels_without_a_neck(cfg, finding):
+    """As in mmseg, whose heads choose maps, and in mmdet's Mask2Former."""
+    cfg.model = dict(
+        type='mmseg.EncoderDecoder',
+        backbone=dict(type='ResT', arch='small'),
+        decode_head=dict(in_channels=[128, 512], in_index=[1, 3]),
+        auxiliary_head=dict(in_channels=256, in_index=2),
+    )
+    check_config(cfg)
+    cfg.model.decode_head.in_index = [0, 3]
+    text = finding(cfg)
+    assert '--cfg-options model.decode_head.in_channels=[64,512]' in text
+
+
 def test_missing_images_are_named_and_counted(cfg, dataset, finding):
     for path in (dataset / 'images').glob('train_[0-2].jpg'):
         path.unlink()

@@ -53,7 +53,7 @@ def read(name):
 
 
 def check_stock(name):
-    """Nothing is found but that the data are not there."""
+    """Nothing is found but missing data, and channels of the former backbone."""
     cfg = read(name)
     for stage in ('train', 'test'):
         try:
@@ -62,7 +62,12 @@ def check_stock(name):
             _, *found, _ = str(error).split('\n\n')
             true = [words for part, words in WRONG.items() if part in name]
             for text in found:
-                assert any(w in text for w in (' does not exist', *true)), text
+                expected = (
+                    ' does not exist',
+                    ' channels. Set ',
+                    *true,
+                )
+                assert any(words in text for words in expected), text
 
 
 @pytest.mark.parametrize('name', KNOWN)
@@ -143,7 +148,9 @@ def panoptic(tmp_path):
     panoptic_files(tmp_path / 'data/coco', (7, 9))
     before = os.getcwd()
     os.chdir(tmp_path)
-    yield read(KNOWN[2])
+    cfg = read(KNOWN[2])
+    cfg.model.panoptic_head.in_channels = [64, 128, 256, 512]
+    yield cfg
     os.chdir(before)
 
 

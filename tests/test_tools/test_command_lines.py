@@ -83,12 +83,23 @@ def test_what_is_no_config(tool, tmp_path, name, content, expected):
         ('test_dataloader.dataset.pipeline.99.type=X', 'Index 99 exceeds the length'),
         ('test_dataloader.dataset.pipeline.a.type=X', 'list indices must be integers'),
         ('model=3', 'has no model, but 3'),
+        ('custom_hooks=[dict(type=EMAHook)]', 'a dict cannot be a value'),
+        ("model.neck={'type': 'FPN'}", 'a dict cannot be a value'),
+        ('model.neck.in_channels=[(1, 2]', 'brackets do not match'),
     ],
 )
 def test_options_that_do_not_fit(call, tmp_path, config, option, expected):
     arguments = [config, 'x.pth', '--cfg-options', option]
     output = call('test.py', *arguments, cwd=tmp_path, fails=True)
     assert expected in output and 'Traceback' not in output
+
+
+def test_options_set_fields_of_what_is_none(tmp_path):
+    path = tmp_path / 'c.py'
+    path.write_text('model = dict(a=None, b=[dict(c=None)])\nload_from = None')
+    options = {'model.a.x.y': 1, 'model.b.0.c.z': 2, 'load_from': 'x', 'model.d.e': 3}
+    cfg = launch.load_config(str(path), options)
+    assert cfg.model == dict(a=dict(x=dict(y=1)), b=[dict(c=dict(z=2))], d=dict(e=3))
 
 
 def test_data_and_weights_are_missing(tool):

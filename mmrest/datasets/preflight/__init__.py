@@ -32,7 +32,7 @@ from ...utils.config_types import find_toolbox
 from .coco import CocoDataset, Content, check_annotations, find_coco_datasets
 from .evaluators import check_evaluators, find_evaluators, with_evaluation
 from .images import check_images
-from .model import check_class_counts, check_weights
+from .model import check_backbones, check_class_counts, check_weights
 from .reading import check_class_text
 from .schedule import check_loaders, check_units
 from .segmentation import check_ignored, check_seg_dataset, find_seg_datasets
@@ -76,6 +76,7 @@ def check_config(cfg: Config, stage: str = 'train') -> Report:
         in_data, report = _examine(cfg, stage, **options)
     found = [
         *check_folders(cfg),
+        *check_backbones(cfg.get('model') or {}),
         *check_weights(cfg, stage),
         *check_loaders(cfg, STAGES[stage]),
         *clashes,

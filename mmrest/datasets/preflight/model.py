@@ -1,14 +1,16 @@
-"""Check class counts of the heads, and the weights from which a run starts."""
+"""Check channels and class counts, and the weights from which a run starts."""
 
 import os.path as osp
 from collections.abc import Iterator
 from typing import Any, Union
 
+import torch
 from mmengine.registry import MODELS
 
 from ...checkpoint import CheckpointError, read_checkpoint
 from ...checkpoint.state_dict import find_state_dict
-from ...utils.config_types import type_name
+from ...models.base import BaseResT
+from ...utils.config_types import find_type, type_name
 from ...utils.text import shorten
 from ...weights import advise
 from .coco import CocoDataset
@@ -18,6 +20,49 @@ from .segmentation import SegDataset
 # Heads that do not learn the classes of the dataset, but pixels of another label set or
 # boundaries
 OTHER_HEADS = {'FusedSemanticHead', 'SCNetSemanticHead', 'STDCHead'}
+
+
+def check_backbones(model: Any) -> Iterator[str]:
+    """Check the options of each ResT, and the channels that the next part states."""
+    for where, part in walk(model, 'model'):
+        cfg: Any = part.get('backbone')
+        kind = find_type(cfg, MODELS) if isinstance(cfg, dict) else None
+        if not (isinstance(kind, type) and issubclass(kind, BaseResT)):
+            continue
+        options = {k: v for k, v in cfg.items() if k not in ('init_cfg', 'pretrained')}
+        try:
+            with torch.device('meta'):
+                backbone = MODELS.build(options)
+        except (TypeError, ValueError) as error:
+            yield f'{where}.backbone: {error}.'
+            continue
+        dims = [backbone.arch.embed_dims[i] for i in backbone.out_indices]
+        for name, taker in _takers(part):
+            indices = taker.get('in_index')
+            if not isinstance(indices, (list, tuple)):
+                indices = range(len(dims))
+            given = [dims[i] for i in indices if i < len(dims)]
+            stated = list(taker['in_channels'])
+            if sorted(given) != sorted(stated):  # YOLOV3Neck has them in reverse
+                yield (
+                    f'{where}.{name}.in_channels is {stated}, but the maps of '
+                    f'{where}.backbone that it takes have {shorten(given)} channels. '
+                    f'Set --cfg-options {where}.{name}.in_channels='
+                    f'{str(given).replace(" ", "")}, or correct the backbone.'
+                )
+
+
+def _takers(model: dict) -> Iterator[tuple[str, dict]]:
+    """The parts that take maps of the backbone and state the channels of several."""
+    neck, name = model.get('neck'), 'neck'
+    if isinstance(neck, (list, tuple)) and neck:
+        neck, name = neck[0], 'neck.0'
+    parts = [(name, neck)] if neck else model.items()
+    for name, part in parts:
+        if isinstance(part, dict) and isinstance(
+            part.get('in_channels'), (list, tuple)
+        ):
+            yield name, part
 
 
 def check_class_counts(
@@ -107,8 +152,8 @@ def _check_level(model: dict, path: str) -> Iterator[str]:
             f'model.init_cfg: {path} holds {shorten(names, 3)}, none of which belongs '
             f'to a part of the model ({", ".join(parts)}), so nothing would be loaded. '
             "If they are the backbone's, name the file there: --cfg-options "
-            "model.init_cfg=None \"model.backbone.init_cfg={'type': 'Pretrained', "
-            f"'checkpoint': '{path}'}}\"."
+            'model.init_cfg=None model.backbone.init_cfg.type=Pretrained '
+            f'model.backbone.init_cfg.checkpoint={path}.'
         )
 
 
