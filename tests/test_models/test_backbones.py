@@ -236,9 +236,13 @@ def test_drop_path_rises_linearly(kind, arch):
 def test_drawn_weights(kind):
     model = kind({**TINY, 'embed_dims': [64, 64, 48, 64]})
     model.init_weights()
+    for kind_of_layer in (nn.Linear, nn.Conv2d):
+        layers = [m for m in model.modules() if isinstance(m, kind_of_layer)]
+        weights = torch.cat([layer.weight.detach().flatten() for layer in layers])
+        assert 0.0195 < float(weights.std()) < 0.0205
+        assert abs(float(weights.mean())) < 0.001
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            assert 0.015 < float(module.weight.detach().std()) < 0.025
             assert not module.bias.any()
         elif isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
             assert (module.weight == 1).all() and not module.bias.any()
