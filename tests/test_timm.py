@@ -106,6 +106,8 @@ def test_layer_decay():
 def test_pretrained(rest_lite, options):
     pretrained = rest_lite if options else True
     model = timm.create_model('rest_lite', pretrained, **SMALL, **options)
+    if 'num_classes' in options:
+        assert model.eval()(torch.rand(1, 3, 32, 32)).shape == (1, 7)
     expected = torch.load(rest_lite)['model']
     found = {k.replace('model.', ''): v for k, v in model.state_dict().items()}
     for name, value in found.items():
@@ -126,6 +128,7 @@ def test_missing_and_wrong_files(rest_lite):
 def test_training():
     model = timm.create_model('rest_lite', num_classes=3, drop_path_rate=0.1, **SMALL)
     model.set_grad_checkpointing()
+    assert model.with_cp and all(model.stage(i).with_cp for i in range(4))
     model(torch.rand(2, 3, 32, 32)).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
 

@@ -113,15 +113,12 @@ def _clean(name: str) -> str:
 
 
 def _find_owners(model: nn.Module, method: str) -> dict[str, Callable]:
-    """The methods of the outermost parts that have it, by prefix."""
-    owners: dict[str, Callable] = {}
-    for name, module in model.named_modules():
-        prefix = _clean(f'{name}.') if name else ''
-        inside = any(prefix.startswith(owner) for owner in owners)
-        # a wrapper also shows the attributes of the wrapped module
-        if hasattr(module, method) and not inside:
-            owners[prefix] = getattr(module, method)
-    return owners
+    """The methods of the parts that have it, by prefix, outer parts first."""
+    return {
+        _clean(f'{name}.') if name else '': getattr(module, method)
+        for name, module in model.named_modules()
+        if hasattr(module, method)
+    }
 
 
 def _layer_of(name: str, owners: dict[str, Callable]) -> tuple[int, int]:

@@ -76,12 +76,33 @@ def test_stored_constants_and_missing_counters_come_back(kind, published):
     source.update(constants(kind))
     converted = to_mmdet(source)
     assert converted.added == [frozen]
-    assert int(converted.state_dict['backbone.stem.norm1.num_batches_tracked']) == 0
+    counter = converted.state_dict['backbone.stem.norm1.num_batches_tracked']
+    assert counter.dtype == torch.long and int(counter) == 0
     back = to_detectron2(
         converted.state_dict, converted.added, converted.constants
     ).state_dict
     assert back.keys() == source.keys()
     assert all(torch.equal(back[name], source[name]) for name in source)
+
+
+@pytest.mark.parametrize(
+    ('kind', 'prefix', 'octaves'),
+    [
+        ('mask_rcnn', 'proposal_generator.anchor_generator', [1]),
+        ('retinanet', 'anchor_generator', [1, 2 ** (1 / 3), 2 ** (2 / 3)]),
+    ],
+)
+def test_anchors_of_a_cell(kind, prefix, octaves):
+    """All ratios (height to width) of a size, then those of the next, around 0."""
+    known = constants(kind)
+    for level in range(5):
+        x1, y1, x2, y2 = known[f'{prefix}.cell_anchors.{level}'].unbind(1)
+        assert torch.equal(x1, -x2) and torch.equal(y1, -y2)
+        sizes = [2 ** (5 + level) * octave for octave in octaves for _ in range(3)]
+        found = ((x2 - x1) * (y2 - y1)).sqrt()
+        torch.testing.assert_close(found, torch.tensor(sizes, dtype=found.dtype))
+        ratios = torch.tensor([0.5, 1.0, 2.0] * len(octaves))
+        torch.testing.assert_close((y2 - y1) / (x2 - x1), ratios)
 
 
 def test_the_source_is_not_changed(published):

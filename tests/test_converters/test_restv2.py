@@ -11,7 +11,14 @@ from published_form import empty
 from test_golden_detectors import as_dict, assert_same_detections
 from weights_rule import fill
 
-from mmrest.converters import Detector, entries, recognise, to_detectron2, to_mmdet
+from mmrest.converters import (
+    ConversionError,
+    Detector,
+    entries,
+    recognise,
+    to_detectron2,
+    to_mmdet,
+)
 from mmrest.converters.files import convert_to_detectron2, convert_to_mmdet, save
 from mmrest.converters.layout import constants
 
@@ -69,6 +76,13 @@ def test_there_and_back_in_files_is_the_identity(tmp_path, published):
     _, back = convert_to_detectron2(tmp_path / 'mmdet.pth')
     assert back['model'].keys() == source.keys()
     assert all(torch.equal(back['model'][name], source[name]) for name in source)
+
+
+@pytest.mark.parametrize('name', ['pixel_mean', 'pixel_std'])
+def test_statistics_in_another_order_of_channels_are_refused(name, published):
+    value = constants('mask_rcnn', 'ResTV2')[name].flip(0)
+    with pytest.raises(ConversionError, match=f'{name}: expected'):
+        to_mmdet({**published, name: value})
 
 
 def test_retinanet_of_ones_own(detector_shapes):

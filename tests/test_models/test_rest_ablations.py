@@ -111,6 +111,46 @@ def test_equations_of_the_attentions():
     torch.testing.assert_close(emsa.attend(q, k, v), expected)
 
 
+def windows(x, kernel, stride, padding=0, value=0.0):
+    """The entries of each window, (B, C, kernel ** 2, windows)."""
+    x = nn.functional.pad(x, [padding] * 4, value=value)
+    found = nn.functional.unfold(x, kernel, stride=stride)
+    return found.unflatten(1, (x.shape[1], -1))
+
+
+def test_equations_of_the_stems():
+    x = image((2, 3, 9, 14)).double()
+    patch, resnet = (
+        tiny(name, pos_cfg='none').double().eval().stem
+        for name in ('stem_patch', 'stem_resnet')
+    )
+    # zeros to the right and below make 3 x 4 patches
+    patches = windows(nn.functional.pad(x, (0, 2, 0, 3)), 4, 4).flatten(1, 2)
+    tokens = patches.mT @ patch.proj.weight.flatten(1).mT + patch.proj.bias
+    centred = tokens - tokens.mean(-1, keepdim=True)
+    deviation = (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    expected = centred / deviation * patch.norm.weight + patch.norm.bias
+    torch.testing.assert_close(patch(x).flatten(2).mT, expected)
+
+    x = resnet.norm(nn.functional.conv2d(x, resnet.conv.weight, stride=2, padding=3))
+    expected = windows(x.relu(), 3, 2, 1, -math.inf).amax(2).unflatten(2, (3, 4))
+    torch.testing.assert_close(resnet(image((2, 3, 9, 14)).double()), expected)
+
+
+@pytest.mark.parametrize('sr_ratio', [2, 4])
+def test_pooling_has_the_windows_of_the_convolution(sr_ratio):
+    x = image((2, 12, 9, 14)).double()
+    options = (sr_ratio + 1, sr_ratio, sr_ratio // 2)
+    highest = windows(x, *options, -math.inf).amax(2)
+    count = windows(torch.ones_like(x), *options).sum(2)
+    for reduction, expected in (
+        ('max', highest),
+        ('avg', windows(x, *options).sum(2) / count),
+    ):
+        found = attend(emsa, sr_ratio, reduction=reduction).sr(x)
+        torch.testing.assert_close(found.flatten(2), expected)
+
+
 @pytest.mark.parametrize('heads', [1, 2])
 @pytest.mark.parametrize('cls', [EMSA, ReducedMSA, UnnormalisedEMSA])
 def test_maps_have_dropout_in_training_only(cls, heads):
