@@ -164,6 +164,11 @@ def _described(path: PathLike) -> Iterator[None]:
         )
         if code in (errno.EROFS, errno.EACCES, errno.EPERM):
             advice = 'Make the folder writable, or choose another with --work-dir'
+        elif code == errno.ENOENT:
+            advice = (
+                'Another run in the same folder may have removed it; give each a '
+                '--work-dir of its own'
+            )
         elif code == errno.EDQUOT:
             space += ' Your quota is used up.'
         raise CheckpointWriteError(

@@ -8,6 +8,7 @@ once, safely, and must fit the model.
 import copy
 import itertools
 import operator
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, Optional, Union
@@ -27,6 +28,9 @@ from ..checkpoint.reading import Source
 from ..launch import LaunchError, load_config
 from ..optim.amp import test_with_amp
 from ..utils.config_types import TOOLBOXES, find_toolbox, find_type, type_name
+
+# a visualizer has one canvas, and Matplotlib's figures are not for several threads
+_DRAWING = threading.Lock()
 
 
 class InferenceError(LaunchError):
@@ -118,8 +122,9 @@ class Inferencer(ABC):
         Returns:
             ndarray: BGR, uint8.
         """
-        self._add(image[..., ::-1], sample, score_thr)
-        return self.base.visualizer.get_image()[..., ::-1]
+        with _DRAWING:
+            self._add(image[..., ::-1], sample, score_thr)
+            return self.base.visualizer.get_image()[..., ::-1]
 
     @abstractmethod
     def _add(self, image: np.ndarray, sample: Any, score_thr: float) -> None:

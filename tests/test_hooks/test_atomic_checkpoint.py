@@ -158,6 +158,7 @@ def test_folder_whose_name_is_not_utf8(tmp_path):
     [
         (OSError(errno.ENOSPC, 'x'), 'No space left on device. .*Free space'),
         (OSError(errno.EROFS, 'x'), 'Read-only file system. .*Make the folder'),
+        (OSError(errno.ENOENT, 'x'), 'No such file.*each a --work-dir of its own'),
         (RuntimeError('[enforce fail at inline_container.cc:595] . x'), 'inline_con'),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -159,6 +160,16 @@ def test_numbers_where_nobody_names_the_classes(model_files, toolbox):
     (sample,) = inferencer.predict([image])
     assert inferencer.draw(image, sample, 0.0).any()
     assert inferencer.to_dict(sample)
+
+
+def test_threads_do_not_draw_on_one_anothers_images(model_files):
+    inferencer = init_inferencer(*map(str, model_files('mmseg')))
+    images = [np.full((64 + n, 96, 3), 10 * n, np.uint8) for n in range(20)]
+    samples = [inferencer.predict([image])[0] for image in images]
+    alone = list(map(inferencer.draw, images, samples))
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(inferencer.draw, images, samples))
+    assert all(map(np.array_equal, alone, together))
 
 
 @pytest.mark.parametrize('toolbox', ['mmdet', 'mmseg', 'mmpretrain'])
