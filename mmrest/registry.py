@@ -9,6 +9,7 @@ from typing import Optional
 
 from mmengine import registry as mmengine_registry
 from mmengine.registry import DefaultScope, Registry
+from mmengine.utils import get_object_from_string
 
 SCOPE = 'mmrest'
 
@@ -24,6 +25,12 @@ class ToolboxRegistry(Registry):
                 different classes of this name.
         """
         scope, name = self.split_scope_key(key)
+        if scope not in (None, SCOPE):
+            # MMEngine has taken the scope off mmrest.hooks.X, and would look for X in a
+            # module hooks, which may be the user's
+            found = get_object_from_string(f'{SCOPE}.{key}')
+            if found is not None:
+                return found
         if scope not in (None, SCOPE) or '.' in name:
             return super().get(key)
         toolbox = _toolbox_in_use()

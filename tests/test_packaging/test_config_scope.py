@@ -88,6 +88,13 @@ def test_names_of_this_package(scope):
             assert registry.get(name).__name__ == 'CheckNonFiniteHook', name
 
 
+def test_modules_of_the_user_with_the_same_name(tmp_path, monkeypatch):
+    (tmp_path / 'hooks.py').write_text('raise RuntimeError')
+    monkeypatch.syspath_prepend(tmp_path)
+    hook = ROOT_HOOKS.build(dict(type='mmrest.hooks.CheckNonFiniteHook'))
+    assert type(hook).__name__ == 'CheckNonFiniteHook'
+
+
 def test_a_name_of_several_toolboxes_without_a_scope():
     pytest.importorskip('mmdet')
     pytest.importorskip('mmpretrain')
