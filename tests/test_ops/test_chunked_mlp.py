@@ -41,6 +41,13 @@ def test_equals_the_plain_formula(shape):
         torch.testing.assert_close(found, wanted)
 
 
+def test_sums_over_chunks_are_not_rounded_to_half_precision():
+    mlp, x = make(1, 7000, dtype=torch.bfloat16)
+    mlp(x).backward(torch.ones_like(x))
+    expected = torch.full((6,), 7000.0)
+    torch.testing.assert_close(mlp.fc2.bias.grad.float(), expected, rtol=4e-3, atol=0)
+
+
 @pytest.mark.parametrize('layout', ['permuted tokens', 'expanded gradient'])
 def test_layouts(layout):
     mlp, x = make(2, 90)
