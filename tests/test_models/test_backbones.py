@@ -167,6 +167,14 @@ def test_frozen_stages(kind, frozen_stages):
             assert torch.equal(tensor, before[name]), name
 
 
+@BOTH
+def test_more_frozen_stages_than_are_built(kind):
+    model = tiny(kind, out_indices=(0,), frozen_stages=4).train()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    norm = model.out_norm_names[0]
+    assert trained == {f'{norm}.weight', f'{norm}.bias'}
+
+
 @pytest.mark.parametrize('kind, count', [(ResT, 5), (ResTV2, 2)])
 def test_norm_eval(kind, count):
     model = tiny(kind, norm_eval=True).train()
