@@ -8,6 +8,7 @@ config with all inherited fields into one file::
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Optional, Union
 
 from mmengine.config import Config
+
+from .checkpoint.atomic import atomic_path
 
 SCOPE = 'mmrest'
 
@@ -79,8 +82,11 @@ def write_config(name: str, output: Union[str, Path]) -> Path:
     if path.suffix != '.py':
         raise ValueError(f'{output}: the name of the file must end in .py')
     title = Path(source).relative_to(config_root()).as_posix()
-    with path.open('x', encoding='utf-8') as file:
-        file.write(f'# {SCOPE}::{title} with everything that it inherits\n{text}')
+    if os.path.lexists(path):
+        raise FileExistsError(f'{output} exists')
+    content = f'# {SCOPE}::{title} with everything that it inherits\n{text}'
+    with atomic_path(path) as temporary:
+        Path(temporary).write_text(content, encoding='utf-8')
     return path
 
 

@@ -40,12 +40,17 @@ def atomic_path(path: PathLike) -> Iterator[str]:
     Yields:
         str: The temporary name to write under. When the block ends, it is renamed to
         ``path``; after an exception it is removed.
+
+    Raises:
+        OSError: With the name of the file, which errors of a full disk lack.
     """
     try:
         yield _temporary_name(path)
         _put_in_place(path)
-    except BaseException:
+    except BaseException as error:
         _remove_quietly(_temporary_name(path))
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            error.filename = os.fspath(path)
         raise
 
 

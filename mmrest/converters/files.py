@@ -194,9 +194,7 @@ def publish(
                 level=logging.WARNING,
             )
     else:
-        buffer = io.BytesIO()
-        torch.save(kept, buffer)
-        content = buffer.getvalue()
+        content = _file_of(kept)
     stem = dst.stem if dst.suffix[1:] in FORMATS else dst.name
     final = dst.with_name(f'{stem}-{sha256(content)[:8]}.{format}')
     check_destination(final, src, force)
@@ -235,8 +233,16 @@ def check_destination(
 
 def save(checkpoint: dict[str, Any], dst: PathLike) -> None:
     """Write a checkpoint atomically; an existing file is replaced."""
-    with atomic_path(dst) as temporary, open(temporary, 'wb') as file:
-        torch.save(checkpoint, file)
+    content = _file_of(checkpoint)
+    with atomic_path(dst) as temporary:
+        Path(temporary).write_bytes(content)
+
+
+def _file_of(checkpoint: Any) -> bytes:
+    """The content of a file, which torch.save itself writes with unclear errors."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    return buffer.getvalue()
 
 
 def _tensors(checkpoint: Any, src: Source) -> dict[str, Tensor]:

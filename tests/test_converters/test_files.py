@@ -1,5 +1,6 @@
 """Files and command lines of the converters."""
 
+import contextlib
 import hashlib
 import os
 
@@ -30,6 +31,23 @@ def source(tmp_path, published):
     content = {'model': published('retinanet', 'small'), 'iteration': 89999}
     torch.save(content, path)
     return path
+
+
+@pytest.fixture
+def file_limit():
+    """Limit the size of files, in bytes."""
+    resource = pytest.importorskip('resource')
+
+    @contextlib.contextmanager
+    def limit(size):
+        old = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+    return limit
 
 
 def digest(path):
@@ -154,15 +172,14 @@ def test_files_are_not_overwritten(tool, source, tmp_path):
     assert 'state_dict' in read_checkpoint(out)
 
 
-def test_output_appears_whole_or_not_at_all(tmp_path, monkeypatch):
-    def fail(checkpoint, file):
-        file.write(b'half')
-        raise OSError('no space left on device')
-
-    monkeypatch.setattr(torch, 'save', fail)
-    with pytest.raises(OSError, match='no space'):
-        files.save({}, tmp_path / 'out.pth')
-    assert os.listdir(tmp_path) == []
+@pytest.mark.parametrize('save', [files.save, files.publish])
+def test_output_on_a_full_disk_appears_not_at_all(tmp_path, file_limit, save):
+    content = {'state_dict': {'weight': torch.zeros(1000)}}
+    torch.save(content, tmp_path / 'in.pth')
+    given = content if save is files.save else tmp_path / 'in.pth'
+    with file_limit(1000), pytest.raises(OSError, match="too large: '.*/out"):
+        save(given, tmp_path / 'out.pth')
+    assert os.listdir(tmp_path) == ['in.pth']
 
 
 @pytest.mark.parametrize('options', [(), ('--format', 'safetensors')], ids=str)

@@ -1,9 +1,11 @@
 """``mmrest::`` in configs, and what importing mmrest changes in the process."""
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from mmengine.config import Config
@@ -146,6 +148,11 @@ def test_whole_config_as_one_file(tmp_path, capsys, monkeypatch, no_layout):
     assert main(['mask_rcnn/rest_bas_fpn_1x', '--output', str(tmp_path / 'x.py')]) == 1
     assert 'Did you mean' in capsys.readouterr().err
     assert main([args[0], '--output', str(tmp_path / 'no' / 'x.py')]) == 1
+    with monkeypatch.context() as patch:
+        full = OSError(errno.ENOSPC, 'No space left on device')
+        patch.setattr(os, 'fsync', mock.Mock(side_effect=full))
+        assert main([args[0], '--output', str(tmp_path / 'x.py')]) == 1
+    assert f"No space left on device: '{tmp_path / 'x.py'}'" in capsys.readouterr().err
     with pytest.raises(ValueError, match='end in .py'):
         write_config(args[0], tmp_path / 'x.yaml')
     assert [path.name for path in tmp_path.iterdir()] == ['my_base.py']
