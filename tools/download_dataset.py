@@ -18,6 +18,7 @@ from mmengine.config import Config
 
 from mmrest.config import find_config
 from mmrest.datasets.preflight import PreflightError, check_data, log_report
+from mmrest.utils.disk import explain_unwritable
 
 SERVER = 'http://images.cocodataset.org'
 ARCHIVES = dict(
@@ -153,6 +154,9 @@ def main():
     args = parse_args()
     missing = what_is_missing(args.save_dir)
     if missing and not args.check:
+        problem = explain_unwritable(str(args.save_dir))
+        if problem:
+            sys.exit(f'--save-dir: {problem} Choose another folder.')
         args.save_dir.mkdir(parents=True, exist_ok=True)
         for part in args.parts:
             archive = args.save_dir / Path(ARCHIVES[part]).name

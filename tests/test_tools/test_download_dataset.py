@@ -132,3 +132,10 @@ def test_server_without_the_files(fetch, server):
     server.files.clear()
     output = fetch(fails=True)
     assert '404' in output and '--server' in output and 'Traceback' not in output
+
+
+def test_folder_that_cannot_be_written(fetch, tmp_path):
+    (tmp_path / 'file').touch()
+    output = fetch('--save-dir', tmp_path / 'file' / 'coco', fails=True)
+    assert '--save-dir: nothing can be written in' in output
+    assert 'Traceback' not in output
