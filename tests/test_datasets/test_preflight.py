@@ -194,6 +194,23 @@ def test_backbone_that_does_not_fit(cfg, finding, backbone, expected):
     assert expected in finding(cfg)
 
 
+class ReadsValues(torch.nn.Identity):
+    def __init__(self, dim):
+        super().__init__()
+        torch.ones(dim).numpy()
+
+
+def test_parts_that_cannot_be_built_on_the_meta_device(cfg, finding):
+    pos = dict(type=ReadsValues)
+    cfg.model.backbone = dict(type='ResT', arch='small', pos_cfg=pos)
+    cfg.model.neck.in_channels = [64, 128, 256, 512]
+    before = torch.get_rng_state()
+    check_config(cfg)
+    assert torch.equal(torch.get_rng_state(), before)
+    cfg.model.neck.in_channels = [64, 128, 256]
+    assert 'neck.in_channels=[64,128,256,512]' in finding(cfg)
+
+
 def test_channels_without_a_neck(cfg, finding):
     """As in mmseg, whose heads choose maps, and in mmdet's Mask2Former."""
     cfg.model = dict(
