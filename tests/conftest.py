@@ -52,11 +52,12 @@ def inductor_cache():
 
     It is kept for the next run, since compiling takes a minute.
     """
-    usual = Path(tempfile.gettempdir()) / f'torchinductor_{os.getuid()}'
-    base = os.environ.get('TORCHINDUCTOR_CACHE_DIR', usual)
-    capability = torch.backends.cpu.get_cpu_capability()
+    usual = f'{tempfile.gettempdir()}/torchinductor_{os.getuid()}'
+    own = f'_{torch.backends.cpu.get_cpu_capability()}'
+    # a test may start pytest
+    base = os.environ.get('TORCHINDUCTOR_CACHE_DIR', usual).removesuffix(own)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('TORCHINDUCTOR_CACHE_DIR', f'{base}_{capability}')
+        patch.setenv('TORCHINDUCTOR_CACHE_DIR', base + own)
         yield
 
 
