@@ -1,5 +1,6 @@
 """Tiny models of every task, with checkpoints whose detections are far apart."""
 
+import copy
 import functools
 import json
 from pathlib import Path
@@ -81,6 +82,9 @@ model = dict(
     train_cfg=None,
 )""",
 )
+
+# those of --verify in the other tests
+SHAPES = [(113, 161), (57, 81), (23, 33)]
 
 COLOUR_DETECTOR = """
 <ir_version: 9, opset_import: ["" : 18]>
@@ -188,6 +192,30 @@ def picture(tmp_path_factory) -> Path:
     pixels = np.random.default_rng(1).integers(0, 256, (33, 47, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize((235, 165)).save(path)
     return path
+
+
+@pytest.fixture
+def detector(trained, picture):
+    """Make a model in two forms, and images with their size before resizing."""
+    from mmrest.deployment import export
+    from mmrest.deployment.verification import scale_picture
+
+    def make(task, arch='rest_lite', sensitive=False):
+        config, checkpoint = trained(task, arch)
+        cfg = Config.fromfile(config)
+        init_default_scope(cfg.default_scope)
+        model = MODELS.build(cfg.model).eval()
+        content = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(content['state_dict'])
+        for name, parameter in model.named_parameters():
+            if sensitive and 'reg' in name:
+                parameter.data *= 15
+        exported = export.exportable(copy.deepcopy(model))
+        pixels = np.asarray(Image.open(picture))
+        images = [scale_picture(pixels, shape)[None] for shape in SHAPES]
+        return exported, type(exported)(model), images, np.array(pixels.shape[:2])
+
+    return make
 
 
 @pytest.fixture(scope='session')

@@ -170,6 +170,25 @@ def test_nothing_is_found(exported, picture, tmp_path, exported_model):
 
 
 @pytest.mark.slow
+def test_a_file_with_a_fault(exported, detector, tmp_path, exported_model):
+    """One layer of a file has weights that are larger by a thousandth."""
+    import onnx
+
+    from mmrest.deployment.verification import check
+
+    file, _ = exported('mask_rcnn', 'restv2_tiny', '.onnx')
+    _, reference, images, size = detector('mask_rcnn', 'restv2_tiny')
+    content = onnx.load(file)
+    (tensor, *_) = (x for x in content.graph.initializer if 'fpn_convs' in x.name)
+    values = onnx.numpy_helper.to_array(tensor) * np.float32(1.001)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    onnx.save(content, tmp_path / 'model.onnx')
+    for path, differs in ((file, False), (tmp_path / 'model.onnx', True)):
+        found = exported_model(path).run(images[0], size)
+        assert bool(check(found, reference, images[0], size)[0]) is differs
+
+
+@pytest.mark.slow
 def test_masks_of_boxes_and_a_file_that_differs(
     call, trained, tmp_path, picture, monkeypatch
 ):
