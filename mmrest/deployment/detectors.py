@@ -389,6 +389,9 @@ def check_nms(cfg: Any, place: str) -> None:
     is_plain = cfg.nms.get('type', 'nms') == 'nms' and set(cfg.nms) <= known
     wanted = "dict(type='nms', iou_threshold=...)"
     require(is_plain, f'test_cfg.nms of {place}', wanted, dict(cfg.nms))
+    # MMDetection's parts differ in what a negative number means
+    limit = cfg.max_per_img
+    require(limit > 0, f'test_cfg.max_per_img of {place}', 'positive', str(limit))
 
 
 def check_extractor(extractor: Any) -> None:

@@ -257,6 +257,8 @@ def test_what_cannot_be_exported_leaves_no_file(call, trained, tmp_path, monkeyp
     assert 'must end in .onnx, .xml, .pt2' in fails('model.trt')
     soft = 'model.test_cfg.nms.type=soft_nms'
     assert 'must be dict(type' in fails('model.pt2', '--cfg-options', soft)
+    endless = 'model.test_cfg.max_per_img=-1'
+    assert 'must be positive' in fails('model.pt2', '--cfg-options', endless)
     names = 'test_dataloader.dataset.metainfo.classes=[a,b]'
     output = fails('model.pt2', '--cfg-options', names)
     assert 'the model has 3 classes' in output and '2 (a, b)' in output
