@@ -263,7 +263,7 @@ class Stream(IterableDataset):
         return (images[index] for index in range(len(self)))
 
 
-class OwnLoader:
+class PlainLoader:
     """What MMEngine's loops need of a data loader, and no more."""
 
     dataset = Stream()
@@ -281,7 +281,7 @@ class OwnLoader:
 def test_loaders_without_a_sampler(tmp_path, kind, epochs, when):
     """A stream has no batches that could be skipped without reading them."""
     loader = DataLoader(Stream(), batch_size=2, collate_fn=collate)
-    options = dict(epochs=epochs, dataloader=OwnLoader() if kind == 'own' else loader)
+    options = dict(epochs=epochs, dataloader=PlainLoader() if kind == 'own' else loader)
     assert stopped(tmp_path / 'run', at('SIGTERM', train=when), **options) == 75
     assert stopped(tmp_path / 'run', resume=True, **options) == 0
     train(tmp_path / 'whole', **options)
