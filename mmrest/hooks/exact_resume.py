@@ -16,6 +16,7 @@ import torch
 from mmengine.dist import get_rank, get_world_size
 from mmengine.optim import OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
+from torch.utils.data import DataLoader
 
 from ..checkpoint import CheckpointError
 from ..utils.text import shorten
@@ -154,10 +155,11 @@ class _RestoresWhenAdvanced:
             return next(self._iterator)
         self._loop.dataloader_iterator = self._iterator
         restore(self._state)
-        if not hasattr(self._iterator, 'skip_iter'):
+        loader = self._loop.dataloader
+        is_onedl = hasattr(self._iterator, 'skip_iter')
+        if not (is_onedl and isinstance(loader, DataLoader)):
             return next(self._iterator)
         # OneDL's MMEngine starts the data loader only now, which would draw a seed
-        loader = self._loop.dataloader
         generator = loader.generator
         loader.generator = generator or torch.Generator()
         try:
