@@ -13,7 +13,6 @@ Google Drive, and has evaluated them again.
 import argparse
 import contextlib
 import hashlib
-import io
 import os
 import re
 import sys
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import CheckpointError, read_state_dict
-from .checkpoint.atomic import atomic_path
+from .checkpoint.atomic import atomic_path, torch_bytes
 from .checkpoint.comparison import compare, describe_defects, explain, tensors_of
 from .checkpoint.reading import is_url
 from .models import ResT, ResTV2
@@ -373,12 +372,11 @@ def _reason(error: Exception, file: Path, errors: Any) -> str:
 
 def _put_in_place(tensors: dict[str, Tensor], path: Path) -> None:
     """Write only the tensors, so that MMEngine, timm and others can read the file."""
-    buffer = io.BytesIO()
-    torch.save(tensors, buffer)
+    content = torch_bytes(tensors)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
-            Path(temporary).write_bytes(buffer.getbuffer())
+            Path(temporary).write_bytes(content)
     except OSError as error:
         raise WeightsError(
             f'{path} could not be written: {error.strerror}. No part of it was kept.'

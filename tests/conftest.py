@@ -1,5 +1,6 @@
 """Fixtures that all tests share."""
 
+import contextlib
 import functools
 import http.server
 import json
@@ -73,6 +74,23 @@ def _seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def file_limit():
+    """Limit the size of the files that this process writes: file_limit(bytes)."""
+    resource = pytest.importorskip('resource')
+
+    @contextlib.contextmanager
+    def limit(size):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import io
 import os
 import pickle
 import re
-import resource
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -290,17 +289,13 @@ def test_without_gdown(tmp_path, monkeypatch):
     assert '--from FILE' in str(error.value) and not any(tmp_path.iterdir())
 
 
-def test_full_disk_while_downloading(drive, folder):
+def test_full_disk_while_downloading(drive, folder, file_limit):
     """What was received is kept, and goes on once there is room."""
     drive.folder = {'rest_lite.pth': FILE_IN_FOLDER}
     drive.files[FILE_IN_FOLDER] = pth()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
-    try:
-        with pytest.raises(weights.WeightsError, match='could not be written') as error:
-            weights.fetch('rest_lite', origin='authors')
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    failing = pytest.raises(weights.WeightsError, match='could not be written')
+    with file_limit(1_000_000), failing as error:
+        weights.fetch('rest_lite', origin='authors')
     assert 'is kept' in str(error.value) and not (folder / 'rest_lite.pth').exists()
     weights.fetch('rest_lite', origin='authors')
     assert_whole(folder / 'rest_lite.pth')

@@ -7,12 +7,14 @@ or a power failure, there is either the old content or the new one.
 
 import contextlib
 import errno
+import io
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Callable, Union
+from typing import Any, Callable, Union
 
+import torch
 from mmengine.dist import all_gather_object, is_main_process
 
 from ..utils.disk import free_space
@@ -64,6 +66,13 @@ def atomic_write(path: PathLike, content: Union[bytes, memoryview]) -> None:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         with atomic_path(path) as temporary:
             Path(temporary).write_bytes(content)
+
+
+def torch_bytes(content: Any) -> bytes:
+    """The content of a file of ``torch.save``, which reports full disks badly."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
 
 
 def atomic_save(path: str, save: Callable[[str], None]) -> None:

@@ -1,7 +1,6 @@
 """Conversion of checkpoint files."""
 
 import hashlib
-import io
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -9,11 +8,10 @@ from pathlib import Path
 from typing import Any, Optional
 from urllib.parse import urlparse
 
-import torch
 from mmengine.logging import print_log
 from torch import Tensor
 
-from mmrest.checkpoint.atomic import PathLike, atomic_path
+from mmrest.checkpoint.atomic import PathLike, atomic_path, torch_bytes
 from mmrest.checkpoint.reading import Source, local_file, read_checkpoint
 from mmrest.checkpoint.safetensors_files import safetensors_bytes
 from mmrest.checkpoint.state_dict import find_state_dict, shared_prefix
@@ -194,7 +192,7 @@ def publish(
                 level=logging.WARNING,
             )
     else:
-        content = _file_of(kept)
+        content = torch_bytes(kept)
     stem = dst.stem if dst.suffix[1:] in FORMATS else dst.name
     final = dst.with_name(f'{stem}-{sha256(content)[:8]}.{format}')
     check_destination(final, src, force)
@@ -233,16 +231,9 @@ def check_destination(
 
 def save(checkpoint: dict[str, Any], dst: PathLike) -> None:
     """Write a checkpoint atomically; an existing file is replaced."""
-    content = _file_of(checkpoint)
+    content = torch_bytes(checkpoint)
     with atomic_path(dst) as temporary:
         Path(temporary).write_bytes(content)
-
-
-def _file_of(checkpoint: Any) -> bytes:
-    """The content of a file, which torch.save itself writes with unclear errors."""
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    return buffer.getvalue()
 
 
 def _tensors(checkpoint: Any, src: Source) -> dict[str, Tensor]:

@@ -8,14 +8,12 @@ MMEngine does not save.
 """
 
 import hashlib
-import io
 import os
 import re
 import warnings
 from pathlib import Path
 from typing import Any, Optional
 
-import torch
 from mmengine.dist import all_gather_object, is_main_process, master_only
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
@@ -23,7 +21,12 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from ..checkpoint import read_checkpoint
-from ..checkpoint.atomic import atomic_save, atomic_write, remove_unfinished
+from ..checkpoint.atomic import (
+    atomic_save,
+    atomic_write,
+    remove_unfinished,
+    torch_bytes,
+)
 from . import exact_resume
 from .nonfinite import check_before_saving
 
@@ -242,11 +245,10 @@ class AtomicCheckpointHook(CheckpointHook):
         checkpoint = read_checkpoint(ckpt_path)
         removed = [key for key in checkpoint if key not in self.published_keys]
         kept = {key: checkpoint[key] for key in checkpoint if key not in removed}
-        buffer = io.BytesIO()
-        torch.save(kept, buffer)
-        digest = hashlib.sha256(buffer.getvalue()).hexdigest()[:8]
+        content = torch_bytes(kept)
+        digest = hashlib.sha256(content).hexdigest()[:8]
         path = f'{os.path.splitext(ckpt_path)[0]}-{digest}.pth'
-        atomic_write(path, buffer.getvalue())
+        atomic_write(path, content)
         runner.logger.info(
             f'{ckpt_path} is published as {path}, without {", ".join(removed)}.'
         )

@@ -22,8 +22,10 @@ def explain_unwritable(folder: str) -> Optional[str]:
     """Say why nothing can be written in a folder; None if it can.
 
     A small file without a name is written and removed. For a folder that does not
-    exist, its parent is checked.
+    exist, its parent is checked. Web addresses are not checked.
     """
+    if '://' in folder:
+        return None
     folder = existing = osp.abspath(folder)
     while not osp.lexists(existing):
         existing = osp.dirname(existing)

@@ -104,8 +104,7 @@ def write_predictions(cfg: Config, path: str) -> None:
         LaunchError: If the evaluator cannot save such a file, or nothing can be written
             in its folder.
     """
-    is_web = '://' in path
-    problem = None if is_web else explain_unwritable(osp.dirname(osp.abspath(path)))
+    problem = explain_unwritable(osp.dirname(path))
     if problem:  # else known after the last image
         raise LaunchError(f'--out {path}: {problem} Give another path.')
     evaluator: Any = cfg.get('test_evaluator') or []

@@ -1,6 +1,5 @@
 """Files and command lines of the converters."""
 
-import contextlib
 import hashlib
 import os
 
@@ -31,23 +30,6 @@ def source(tmp_path, published):
     content = {'model': published('retinanet', 'small'), 'iteration': 89999}
     torch.save(content, path)
     return path
-
-
-@pytest.fixture
-def file_limit():
-    """Limit the size of files, in bytes."""
-    resource = pytest.importorskip('resource')
-
-    @contextlib.contextmanager
-    def limit(size):
-        old = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, old)
-
-    return limit
 
 
 def digest(path):

@@ -13,9 +13,7 @@ def check_folders(cfg: Any) -> Iterator[str]:
         ('--work-dir', cfg.get('work_dir')),
         ('default_hooks.checkpoint.out_dir', checkpoint.get('out_dir')),
     ):
-        if not folder or '://' in str(folder):
-            continue
-        problem = explain_unwritable(str(folder))
+        problem = explain_unwritable(str(folder)) if folder else None
         if problem:
             yield (
                 f'{name}: {problem} Make room or make it writable, or choose another '
