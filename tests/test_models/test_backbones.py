@@ -251,6 +251,7 @@ def test_drawn_weights(kind):
         assert abs(float(weights.mean())) < 0.001
     for module in model.modules():
         if isinstance(module, nn.Linear):
+            assert 0.015 < float(module.weight.detach().std()) < 0.025
             assert not module.bias.any()
         elif isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
             assert (module.weight == 1).all() and not module.bias.any()
