@@ -65,10 +65,17 @@ def _chunk_rows(x: Tensor, weight1: Tensor) -> int:
 class _ChunkedMlp(torch.autograd.Function):
     """``linear(gelu(linear(x)))``, of which only ``x`` and the weights are saved."""
 
+    # PyTorch's other form, with setup_context, inspects the signature in every call
     @staticmethod
     def forward(
-        x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight1: Tensor,
+        bias1: Tensor,
+        weight2: Tensor,
+        bias2: Tensor,
     ) -> Tensor:
+        ctx.save_for_backward(x, weight1, bias1, weight2)
         tokens = x.flatten(0, -2)
         out = x.new_empty(len(tokens), weight2.shape[0])
         with torch.autocast(x.device.type, enabled=False):
@@ -76,11 +83,6 @@ class _ChunkedMlp(torch.autograd.Function):
                 act = F.gelu(F.linear(tokens[chunk], weight1, bias1))
                 torch.addmm(bias2, act, weight2.t(), out=out[chunk])
         return out.view(*x.shape[:-1], weight2.shape[0])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, weight1, bias1, weight2, _ = inputs
-        ctx.save_for_backward(x, weight1, bias1, weight2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], ...]:
