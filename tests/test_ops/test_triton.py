@@ -5,6 +5,7 @@ runs this file again there. What the interpreter cannot show, registers and shar
 memory, is read from kernels compiled ahead of time, which needs no GPU either.
 """
 
+import contextlib
 import itertools
 import os
 import re
@@ -248,6 +249,16 @@ def test_same_result_in_every_run(dtype):
 
 
 @runs_kernels
+def test_autocast_changes_no_product():
+    case = Case(Shape(1, 2, 6, 20, 16), torch.float32)
+    expected = case.triton()
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        found = case.triton()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@runs_kernels
 def test_gradients_as_large_as_float16_holds():
     """r, 316 at most, multiplies nothing that is stored in half precision."""
     case = Case(Shape(1, 2, 8, 1050, 32), torch.float16, scores=0.1, grad=400.0)
@@ -367,6 +378,18 @@ def test_without_triton():
     )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_machine_that_cannot_compile(monkeypatch):
+    class Broken:
+        def warmup(self, *args, **kwargs):
+            raise RuntimeError('Failed to find C compiler.\nSet CC.')
+
+    monkeypatch.setattr(kernels, 'gain_kernel', Broken())
+    monkeypatch.setattr(torch.cuda, 'device', contextlib.nullcontext)
+    assert kernels._find_compiler_problem(0) == (
+        'Triton cannot compile kernels here (RuntimeError: Failed to find C compiler.)'
+    )
 
 
 @needs_cuda
@@ -557,3 +580,23 @@ def test_copies_fit_the_registers(kernel, tmp_path, monkeypatch):
         usage = resource_usage(compile_for(kernel, *config).asm['cubin'])
         assert usage['STACK'] == usage['LOCAL'] == 0, f'registers spill: {usage}'
         assert usage['SHARED'] <= SHARED_MEMORY
+
+
+@compiles
+@pytest.mark.slow
+def test_launches_are_the_same_without_a_search(repo, tmp_path):
+    """A plan launches what Triton finds for the arguments, whatever their layout."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name('triton_launches.py'))],
+        env={
+            **os.environ,
+            'PYTHONPATH': str(repo),
+            'TRITON_CACHE_DIR': str(tmp_path),
+            'TRITON_INTERPRET': '0',
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
+    assert 'launches are the same' in done.stdout
