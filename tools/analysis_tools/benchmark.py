@@ -90,8 +90,7 @@ def measure(
     def attempt(index: int, action: str) -> None:
         row = rows[index]
         try:
-            if action == 'start':
-                workers[index] = Worker(row.subject, shape, settings)
+            if action == 'begin':
                 row.memory = workers[index].peak_memory()
                 # waits for the end of the warm-up
                 workers[index].time_step()
@@ -104,8 +103,10 @@ def measure(
 
     try:
         for index, row in enumerate(rows):
+            workers[index] = Worker(row.subject, shape, settings)
+        for index, row in enumerate(rows):
             _progress(f'{row.subject.name}, {row.subject.dtype}')
-            attempt(index, 'start')
+            attempt(index, 'begin')
         for repeat in range(repeats):
             _progress(f'step {repeat + 1} of {repeats}')
             for index in list(workers):
@@ -134,6 +135,7 @@ def main() -> int:
         args.arch, args.dtype, args.with_cp, args.compile, args.peers,
         # in training there is no rate to compare it with
         matmul=0 if args.train else args.matmul,
+        device=args.device,
     )  # fmt: skip
     result = dict(
         machine=machine(), settings=dict(asdict(settings), repeats=args.repeats)

@@ -117,12 +117,15 @@ def list_subjects(
     compile: bool = False,
     peers: bool = False,
     matmul: int = 0,
+    device: str = 'cpu',
 ) -> list[Subject]:
     """Return the rows for the options of the command line."""
     return [
         subject
         for dtype in dtypes
-        for subject in _of_one_dtype(archs, dtype, with_cp, compile, peers, matmul)
+        for subject in _of_one_dtype(
+            archs, dtype, with_cp, compile, peers, matmul, device
+        )
     ]
 
 
@@ -133,11 +136,18 @@ def _of_one_dtype(
     compile: bool,
     peers: bool,
     matmul: int,
+    device: str,
 ) -> Iterator[Subject]:
+    from mmrest.ops.triton_head_interaction import is_available
+
     for arch in archs:
         name = f'ResT{arch}' if arch.startswith('v2') else f'ResT-{arch}'
-        yield Subject(f'{name} dense', dtype, arch, attn_impl='dense')
-        yield Subject(f'{name} auto', dtype, arch)
+        impls = ['dense', 'auto']
+        # the second generation mixes no heads
+        if device.startswith('cuda') and name.startswith('ResT-') and is_available():
+            impls[1:] = ['tiled', 'triton']
+        for impl in impls:
+            yield Subject(f'{name} {impl}', dtype, arch, attn_impl=impl)
         if with_cp:
             yield Subject(f'{name} auto, with_cp', dtype, arch, with_cp=True)
         if compile:

@@ -7,7 +7,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -65,12 +65,13 @@ class Worker:
         other_end.close()
 
     def peak_memory(self) -> Optional[int]:
-        """Wait for the first step, and return the bytes it needs at its peak."""
+        """Run the first step, and return the bytes it needs at its peak."""
+        self._send('begin')
         return self._receive()
 
     def time_step(self) -> float:
         """Run another step, and return its seconds."""
-        self.connection.send('step')
+        self._send('step')
         return self._receive()
 
     def stop(self) -> None:
@@ -80,6 +81,11 @@ class Worker:
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
+
+    def _send(self, word: str) -> None:
+        # a process that has died is noticed by _receive()
+        with suppress(ConnectionError):
+            self.connection.send(word)
 
     def _receive(self) -> Any:
         try:
@@ -109,6 +115,8 @@ def _serve(
             torch.set_num_threads(settings.threads)
         device = torch.device(settings.device)
         step = _make_step(subject, settings, device)
+        # all processes import and build at the same time, and then wait for their turn
+        connection.recv()
         # memory of the image is not measured
         image = torch.randn(settings.batch, 3, *shape, device=device)
         small = torch.randn(settings.batch, 3, *SMALL_SHAPE, device=device)
@@ -143,13 +151,20 @@ def _make_step(
     run = run or _backbone(subject, settings, device)
 
     def step(image: torch.Tensor) -> float:
-        _synchronize(device)
         start = time.perf_counter()
         run(image)
-        _synchronize(device)
         return time.perf_counter() - start
 
-    return step
+    def step_on_cuda(image: torch.Tensor) -> float:
+        torch.cuda.synchronize(device)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run(image)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+
+    return step_on_cuda if device.type == 'cuda' else step
 
 
 def _product(subject: Subject, device: torch.device) -> Callable:
@@ -185,11 +200,6 @@ def _backbone(subject: Subject, settings: Settings, device: torch.device) -> Cal
         model.zero_grad(set_to_none=True)
 
     return forward_backward if settings.train else forward
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
 
 
 def _peak_memory(run: Callable, device: torch.device) -> Optional[int]:
