@@ -20,6 +20,7 @@ from forked_tools import Forked
 from hypothesis import settings
 from mmengine.config import Config
 from mmengine.registry import DefaultScope, init_default_scope
+from mmengine.structures import InstanceData
 from tool_process import command_of, environment_of
 from tool_runs import call_tool
 from yapf.yapflib import yapf_api
@@ -144,6 +145,27 @@ def published_shapes(data_dir: Path) -> dict[str, dict[str, tuple[int, ...]]]:
         arch: {key: tuple(shape) for key, shape in keys.items()}
         for arch, keys in json.loads(text).items()
     }
+
+
+@pytest.fixture
+def training_batch():
+    """One image of 96x64 pixels with two objects: training_batch(masks)."""
+
+    def make(masks):
+        from mmdet.structures import DetDataSample
+        from mmdet.structures.mask import PolygonMasks
+
+        boxes = torch.tensor([[4.0, 4.0, 60.0, 50.0], [50.0, 20.0, 90.0, 60.0]])
+        objects = InstanceData(bboxes=boxes, labels=torch.tensor([0, 5]))
+        if masks:
+            corners = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].double().numpy()
+            objects.masks = PolygonMasks([[corner] for corner in corners], 64, 96)
+        shape = dict(img_shape=(64, 96), ori_shape=(64, 96), scale_factor=(1.0, 1.0))
+        sample = DetDataSample(metainfo=shape, gt_instances=objects)
+        pixels = np.random.default_rng(0).integers(0, 256, (3, 64, 96), dtype=np.uint8)
+        return dict(inputs=[torch.from_numpy(pixels)], data_samples=[sample])
+
+    return make
 
 
 @pytest.fixture(scope='session')
