@@ -38,6 +38,18 @@ def test_equals_dense(shape, tile_rows, dtype):
     assert_same(found, expected, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize('shape', [s for s in SHAPES if s.batch], ids=str)
+def test_long_sums_of_a_gpu(shape, monkeypatch):
+    """A product for each row gives the gradient of the weight, too."""
+    inputs = make_inputs(shape, torch.float64)
+    grad = torch.randn(inputs['q'].shape, dtype=torch.float64)
+    expected = run(inputs, grad, attn_impl='tiled')
+    tiled = import_module('mmrest.ops.tiled')
+    monkeypatch.setattr(tiled, '_products_of_heads', tiled._products_of_heads_by_rows)
+    found = run(inputs, grad, attn_impl='tiled')
+    assert_same(found, expected, TOLERANCE[torch.float64])
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     shape=st.builds(
