@@ -33,6 +33,16 @@ test_pipeline = [
     dict(type='Resize', scale=(size, size)),
     dict(type='PackInputs'),
 ]
+tta_pipeline = [
+    *test_pipeline[:-1],
+    dict(
+        type='TestTimeAug',
+        transforms=[
+            [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)],
+            [dict(type='PackInputs')],
+        ],
+    ),
+]
 train_dataloader = dict(
     batch_size=32,
     num_workers=1,

@@ -9,10 +9,9 @@ def fill_coco_fields() -> None:
 
     Without ``iscrowd``, COCO's evaluation ends with a ``KeyError`` at the first
     validation. Without ``area``, mmdet's dataset does at the start. Files are not
-    changed. ``tools/train.py`` and ``tools/test.py`` call this function; in other
-    programs, call it before the Runner is built. It changes ``pycocotools.coco.COCO``
-    for the whole process, unlike ``import mmrest``. Without pycocotools, it does
-    nothing.
+    changed. The tools of this repository call this function; in other programs, call
+    it before the Runner is built. It changes ``pycocotools.coco.COCO`` for the whole
+    process, unlike ``import mmrest``. Without pycocotools, it does nothing.
     """
     try:
         from pycocotools.coco import COCO

@@ -85,6 +85,20 @@ def test_recipe(read):
     assert cfg.test_evaluator.topk == (1, 5)
 
 
+@pytest.mark.parametrize(
+    'name',
+    [
+        'imagenet/rest_lite_8xb128_in1k.py',
+        'imagenet/restv2_tiny_8xb64_384_in1k.py',
+        'ablation/fruit_minutes.py',
+    ],
+)
+def test_time_augmentation_has_the_size_of_the_test(read, name):
+    cfg = read(name)
+    plain = cfg.test_dataloader.dataset.pipeline
+    assert cfg.tta_pipeline[:-1] == plain[:-1]
+
+
 @pytest.mark.parametrize('arch', PUBLISHED)
 def test_the_table_shows_the_index(repo, arch):
     (entry,) = [

@@ -1,7 +1,7 @@
 """Run an exported file on pictures, without PyTorch.
 
 It needs NumPy, Pillow, and onnxruntime or openvino. To run a file in a service, copy
-:class:`ExportedModel`.
+the class ExportedModel.
 """
 
 import argparse
