@@ -1,7 +1,7 @@
 """Measure time and memory of ResT, its dense form, and other backbones.
 
-Each model runs in its own process. Only one of them works at a time, and their steps
-alternate, so that changes of the machine's speed affect all of them.
+Each model runs in its own process. Only one of them is measured at a time, and their
+steps alternate, so that changes of the machine's speed affect all of them.
 docs/benchmark.md describes the method.
 """
 
