@@ -210,8 +210,8 @@ class ResTV2(BaseResT):
     Args:
         arch (str | dict): ``'tiny'``, ``'small'``, ``'base'``, ``'large'``, or a
             dict with ``embed_dims``, ``num_heads``, ``depths``, ``sr_ratios`` (four
-            integers each) and ``mlp_ratios`` (four numbers or one, default 4).
-            Default: ``'tiny'``.
+            integers each; ``sr_ratios`` are 1 or even) and ``mlp_ratios`` (four
+            numbers or one, default 4). Default: ``'tiny'``.
         in_channels (int): Channels of the image. Default: 3.
         out_indices (Sequence[int]): Stages whose maps are returned, in ascending
             order, counted from 0. Stages after the last one are not built.
