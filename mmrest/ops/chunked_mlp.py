@@ -77,12 +77,14 @@ class _ChunkedMlp(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight1, bias1, weight2)
         tokens = x.flatten(0, -2)
-        out = x.new_empty(len(tokens), weight2.shape[0])
+        # no view is returned: it could not be changed in place
+        out = x.new_empty(*x.shape[:-1], weight2.shape[0])
+        rows = out.flatten(0, -2)
         with torch.autocast(x.device.type, enabled=False):
             for chunk in _chunks(len(tokens), _chunk_rows(x, weight1)):
                 act = F.gelu(F.linear(tokens[chunk], weight1, bias1))
-                torch.addmm(bias2, act, weight2.t(), out=out[chunk])
-        return out.view(*x.shape[:-1], weight2.shape[0])
+                torch.addmm(bias2, act, weight2.t(), out=rows[chunk])
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], ...]:

@@ -81,6 +81,8 @@ MIN_CAPABILITY = (8, 0)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # With more, the kernels want more registers than a thread has.
 MAX_HEADS = 8
+# One map for each image and head; a grid of blocks is no larger in this dimension.
+MAX_MAPS = 65535
 # Bytes of one tile's scores in float32; two tiles are alive in the backward pass. At
 # this size, a launch has work for longer than the next one takes to prepare.
 GPU_TILE_BYTES = 512 * 2**20
@@ -108,6 +110,9 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Optional
         return f'it supports {names}, found {str(q.dtype).split(".")[-1]}'
     if q.shape[1] > MAX_HEADS:
         return f'it supports up to {MAX_HEADS} heads, found {q.shape[1]}'
+    maps = q.shape[0] * q.shape[1]
+    if maps > MAX_MAPS:
+        return f'it supports up to {MAX_MAPS} images times heads, found {maps}'
     if k.shape[2] == 0:
         return 'it needs at least one key'
     if dropout_p > 0.0:
@@ -135,7 +140,8 @@ def _find_device_problem(device: str, index: Optional[int]) -> Optional[str]:
         wanted = '.'.join(map(str, MIN_TRITON))
         return f'it needs Triton {wanted} or newer, found {triton.__version__}'
     # TRITON_INTERPRET=1 leaves no compiled functions: tests on a CPU
-    if device == 'cpu' and not isinstance(forward_kernel, triton.JITFunction):
+    is_interpreted = not isinstance(forward_kernel, triton.JITFunction)
+    if is_interpreted and device in ('cpu', 'cuda'):
         return None
     if device != 'cuda' or torch.version.hip is not None:
         return f'it needs tensors on an NVIDIA GPU, found {device}'
@@ -150,13 +156,12 @@ def _find_device_problem(device: str, index: Optional[int]) -> Optional[str]:
 
 def _find_compiler_problem(index: Optional[int]) -> Optional[str]:
     """Triton needs a C compiler and its cache folder on the user's machine."""
-    sizes = dict(HEADS=1, BLOCK=32, grid=(1, 1, 1))
+    args = (torch.float32, torch.float32, 1, 1, 1e-5)
+    options = dict(HEADS=1, BLOCK=32, ptx_options=PTX_OPTIONS, grid=(1, 1, 1))
     try:
         with torch.cuda.device(index):
             # the brackets load what was compiled
-            gain_kernel.warmup(torch.float32, torch.float32, 1, 1, 1e-5, **sizes)[
-                1, 1, 1
-            ]
+            gain_kernel.warmup(*args, **options)[1, 1, 1]
     except Exception as error:
         reason = next(iter(str(error).splitlines()), '')
         return f'Triton cannot compile kernels here ({type(error).__name__}: {reason})'
@@ -352,7 +357,10 @@ def _plan_of(q: Tensor, k: Tensor, tile_rows: Optional[int]) -> _Plan:
 
 
 def _layout(*tensors: Tensor) -> tuple:
-    """What Triton looks at in tensors of the user: types, strides and alignment."""
+    """What Triton looks at in tensors that others allocated: types, strides, alignment.
+
+    The user, autograd, and hooks on saved tensors.
+    """
     return tuple((x.dtype, x.stride(), x.data_ptr() % 16) for x in tensors)
 
 
@@ -435,7 +443,8 @@ def _attend(
 
     plan.launch(
         gain_kernel, (plan.maps, 1, 1),
-        (statistics, gain, num_queries, plan.num_keys, eps),
+        # an integer would be another type of argument
+        (statistics, gain, num_queries, plan.num_keys, float(eps)),
         (heads, 4096), num_warps=16,
     )  # fmt: skip
     plan.launch(
@@ -489,6 +498,7 @@ def _differentiate(
         plan.copies, _layout(grad, out),
     )  # fmt: skip
     grad_dot_out = sums.sum(-1)
+    saved_layout = _layout(statistics, gain)
     size = (plan.tile_maps, plan.rows, plan.padded_keys)
     buffers = q.new_empty(size), q.new_empty(size)
     q_sums = torch.empty_like(queries)
@@ -510,7 +520,7 @@ def _differentiate(
                 part.pairs(grad_dot_out), part.tokens(shares), part.valid, part.length,
                 plan.num_keys, plan.padded_keys, num_queries,
             ),
-            plan.score_rows, **plan.row_options,
+            plan.score_rows, saved_layout, **plan.row_options,
         )  # fmt: skip
         _multiply(grad_maps, k_part, out=part.queries(q_sums), factor=scale)
         first = part.rows.start == 0
@@ -524,7 +534,7 @@ def _differentiate(
             plan.num_keys, plan.padded_queries, plan.padded_keys, plan.num_sums,
             *grad_q.stride()[:3], *grad_k.stride()[:3],
         ),
-        plan.copies,
+        plan.copies, saved_layout,
     )  # fmt: skip
     grad_weight = shares.sum((0, 1))
     return grad_q, grad_k, grad_v, grad_weight.to(weight.dtype)
@@ -669,7 +679,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], ...]:
-        if torch.is_grad_enabled():  # create_graph=True: the operator refuses later
+        # create_graph=True, which the operator refuses later, or compiled autograd
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return _backward(ctx, grad)
         q, k, v, weight, bias, out, statistics, gain = ctx.saved_tensors
         with torch.cuda.device_of(q):

@@ -91,6 +91,16 @@ def test_second_order_gradients():
         torch.testing.assert_close(one, other)
 
 
+def test_result_may_change_in_place():
+    """As forward hooks do, and layers with ``inplace=True``."""
+    mlp, x = make(2, 70)
+    leaves = (x, *mlp.parameters())
+    found = torch.autograd.grad(mlp(x).mul_(2).sum(), leaves)
+    expected = torch.autograd.grad(plain(mlp, x).mul(2).sum(), leaves)
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other)
+
+
 def test_func_transforms():
     mlp, x = make(3, 70)
     x = x.detach()

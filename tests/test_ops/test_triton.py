@@ -317,6 +317,24 @@ def test_compiles_whole():
         torch.testing.assert_close(tensor, expected[name])
 
 
+@runs_kernels
+def test_compiled_autograd_meets_the_operator():
+    """It traces backward passes of what ran in eager mode."""
+    from torch._dynamo import compiled_autograd
+
+    torch._dynamo.reset()
+    case = Case(Shape(1, 2, 6, 5, 8), torch.float32)
+    expected = case.triton()
+
+    def function(*x):
+        return head_interaction_attention(*x, attn_impl='triton')
+
+    with compiled_autograd._enable(torch.compile(backend='eager', fullgraph=True)):
+        found = case.run(function)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name])
+
+
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
 def test_fake_tensors_stay_on_their_device(dtype):
     operators = torch.ops.mmrest
@@ -346,16 +364,20 @@ def test_second_order_gradients_are_refused():
 
 
 @pytest.mark.parametrize(
-    'heads, keys, dtype, options, reason',
+    'size, dtype, options, reason',
     [
-        (9, 4, torch.float32, {}, 'up to 8 heads, found 9'),
-        (2, 0, torch.float32, {}, 'at least one key'),
-        (2, 4, torch.float64, {}, 'float32, float16, bfloat16, found float64'),
-        (2, 4, torch.float32, dict(dropout_p=0.1), 'dropout_p=0.1'),
+        ((1, 9, 4), torch.float32, {}, 'up to 8 heads, found 9'),
+        ((8192, 8, 1), torch.float32, {}, 'up to 65535 images times heads, found 65536'),
+        ((1, 2, 0), torch.float32, {}, 'at least one key'),
+        ((1, 2, 4), torch.float64, {}, 'float32, float16, bfloat16, found float64'),
+        ((1, 2, 4), torch.float32, dict(dropout_p=0.1), 'dropout_p=0.1'),
     ],
 )
-def test_what_the_kernels_cannot_do(heads, keys, dtype, options, reason):
-    q, k = (torch.zeros(1, heads, n, 8, dtype=dtype, device='meta') for n in (5, keys))
+def test_what_the_kernels_cannot_do(size, dtype, options, reason):
+    batch, heads, keys = size
+    q, k = (
+        torch.zeros(batch, heads, n, 8, dtype=dtype, device='meta') for n in (1, keys)
+    )
     assert why_not(q, k, k) == 'it needs tensors on an NVIDIA GPU, found meta'
     q, k = (torch.empty_like(x, device=DEVICE) for x in (q, k))
     if DEVICE.type == 'cpu' and not INTERPRETED:
@@ -378,6 +400,14 @@ def test_without_triton():
     )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@runs_kernels
+@pytest.mark.skipif(not INTERPRETED, reason='is about the interpreter')
+def test_the_interpreter_takes_tensors_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda index: (9, 0))
+    assert kernels._find_device_problem.__wrapped__('cuda', 0) is None
 
 
 def test_a_machine_that_cannot_compile(monkeypatch):

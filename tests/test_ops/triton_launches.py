@@ -53,8 +53,20 @@ class Driver:
         return GPUTarget('cuda', 80, 32)
 
 
-def record(dtype, layout, grad_layout, weight_offset=0, queries=40, tile_rows=None):
-    """The launches of a forward and a backward pass."""
+def record(
+    dtype,
+    layout,
+    grad_layout,
+    weight_offset=0,
+    queries=40,
+    tile_rows=None,
+    eps=1e-5,
+    saved=None,
+):
+    """The launches of a forward and a backward pass.
+
+    ``saved`` is what a hook makes of tensors that are saved for the backward pass.
+    """
     launches.clear()
 
     def draw(tokens):
@@ -63,7 +75,10 @@ def record(dtype, layout, grad_layout, weight_offset=0, queries=40, tile_rows=No
     q, k, v, grad = (draw(n) for n in (queries, 20, 20, queries))
     weight = torch.randn(8)[weight_offset:][:4].view(2, 2)
     leaves = [layout(x).requires_grad_() for x in (q, k, v)] + [weight.requires_grad_()]
-    out = kernels.triton_head_interaction_attention(*leaves, 0.5, 1e-5, None, tile_rows)
+    with torch.autograd.graph.saved_tensors_hooks(plain, saved or plain):
+        out = kernels.triton_head_interaction_attention(
+            *leaves, 0.5, eps, None, tile_rows
+        )
     torch.autograd.grad(out, leaves, grad_layout(grad))
     return list(launches)
 
@@ -100,6 +115,8 @@ CASES = [
     dict(dtype=torch.float32, layout=plain, grad_layout=plain, weight_offset=1),
     dict(dtype=torch.bfloat16, layout=plain, grad_layout=plain, queries=64),
     dict(dtype=torch.bfloat16, layout=plain, grad_layout=plain, tile_rows=16),
+    dict(dtype=torch.float32, layout=plain, grad_layout=plain, eps=1),
+    dict(dtype=torch.float32, layout=plain, grad_layout=plain, saved=misaligned),
 ]
 
 
