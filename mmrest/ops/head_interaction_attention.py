@@ -99,14 +99,22 @@ def head_interaction_attention(
             return triton_head_interaction_attention(
                 q, k, v, matrix, scale, eps, bias, tile_rows
             )
-        warnings.warn(
-            f"attn_impl='triton' cannot be used here: {reason}. 'tiled' is used.",
-            UserWarning,
-            stacklevel=2,
-        )
+        _warn_of_tiled(reason)
     return tiled_head_interaction_attention(
         q, k, v, matrix, bias, scale, eps, dropout_p, tile_rows
     )
+
+
+def _warn_of_tiled(reason: str) -> None:
+    warnings.warn(
+        f"attn_impl='triton' cannot be used here: {reason}. 'tiled' is used.",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+# compilers call it once, when they trace; they cannot trace a warning itself
+_warn_of_tiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def attention(

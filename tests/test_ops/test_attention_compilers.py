@@ -52,6 +52,18 @@ def test_compiles_whole_and_once():
     assert counter.frame_count == 2
 
 
+def test_compiles_whole_without_the_kernels_of_triton():
+    """What they cannot do is computed in tiles, with a warning, also when compiled."""
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        head_interaction_attention, fullgraph=True, backend='aot_eager'
+    )
+    inputs = make_inputs(Shape(1, 2, 6, 5, 4))
+    with pytest.warns(UserWarning, match="cannot be used here: .* 'tiled' is used"):
+        found = compiled(**inputs, attn_impl='triton')
+    torch.testing.assert_close(found, head_interaction_attention(**inputs))
+
+
 def test_export_keeps_the_operator():
     model = Attention().eval()
     x = torch.randn(2, 30, 16)

@@ -158,9 +158,11 @@ def _make_step(
     def step_on_cuda(image: torch.Tensor) -> float:
         torch.cuda.synchronize(device)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        # of the device, which need not be the current one
+        stream = torch.cuda.current_stream(device)
+        start.record(stream)
         run(image)
-        end.record()
+        end.record(stream)
         end.synchronize()
         return start.elapsed_time(end) / 1000
 
