@@ -7,6 +7,7 @@ import torch
 from mmengine.config import Config
 
 from mmrest.datasets.preflight import PreflightError, check_config, check_data
+from mmrest.datasets.preflight.model import check_backbones
 
 POLYGON = [[1, 1, 9, 1, 9, 9]]
 
@@ -211,18 +212,54 @@ def test_parts_that_cannot_be_built_on_the_meta_device(cfg, finding):
     assert 'neck.in_channels=[64,128,256,512]' in finding(cfg)
 
 
-def test_channels_without_a_neck(cfg, finding):
-    """As in mmseg, whose heads choose maps, and in mmdet's Mask2Former."""
-    cfg.model = dict(
-        type='mmseg.EncoderDecoder',
+@pytest.mark.parametrize(
+    ('head', 'advice'),
+    [
+        (dict(in_channels=[128, 512], in_index=[1, 3]), ''),
+        (dict(in_channels=[128, 512], in_index=[0, 3]), '.in_channels=[64,512], or'),
+        (dict(in_channels=256, in_index=2), ''),
+        (dict(in_channels=2048, in_index=3), '.in_channels=512, or'),
+        (dict(in_channels=512, in_index=4), '.in_index=-1, or'),
+    ],
+)
+@pytest.mark.parametrize('name', ['decode_head', 'auxiliary_head.1', 'decode_head.x'])
+def test_channels_of_heads_that_choose_maps(name, head, advice):
+    """As in mmseg, whose heads may be a list, or hold another one as in KNet."""
+    model = dict(
         backbone=dict(type='ResT', arch='small'),
-        decode_head=dict(in_channels=[128, 512], in_index=[1, 3]),
-        auxiliary_head=dict(in_channels=256, in_index=2),
+        decode_head=dict(x=dict(in_channels=512, in_index=3)),
+        auxiliary_head=[dict(in_channels=64, in_index=0), dict()],
     )
-    check_config(cfg)
-    cfg.model.decode_head.in_index = [0, 3]
-    text = finding(cfg)
-    assert '--cfg-options model.decode_head.in_channels=[64,512]' in text
+    cfg = Config(dict(model=model))
+    cfg.merge_from_dict({f'model.{name}': head})
+    found = list(check_backbones(cfg.model))
+    assert len(found) == bool(advice)
+    assert not advice or f'--cfg-options model.{name}{advice}' in found[0]
+
+
+@pytest.mark.parametrize(
+    ('parts', 'advice'),
+    [
+        (dict(head=dict(in_channels=512)), ''),
+        (dict(head=dict(in_channels=2048)), 'model.head.in_channels=512'),
+        (dict(decode_head=dict(in_channels=9)), 'model.decode_head.in_channels=512'),
+        (dict(rpn_head=dict(in_channels=9)), 'model.rpn_head.in_channels=512'),
+        (
+            dict(neck=dict(type='GlobalAveragePooling'), head=dict(in_channels=2048)),
+            'model.head.in_channels=512',
+        ),
+        # a neck may take the first map or the last one, and change the channels
+        (dict(neck=dict(in_channels=64), head=dict(in_channels=9)), ''),
+        (dict(neck=dict(in_channels=2048)), 'model.neck.in_channels=512'),
+        (dict(neck=dict(type='Own'), head=dict(in_channels=9)), ''),
+        # detectors do not state what it takes
+        (dict(bbox_head=dict(in_channels=9)), ''),
+    ],
+)
+def test_channels_of_parts_that_take_a_map_by_default(parts, advice):
+    found = list(check_backbones(dict(backbone=dict(type='ResT'), **parts)))
+    assert len(found) == bool(advice)
+    assert not advice or f'--cfg-options {advice}, or' in found[0]
 
 
 def test_missing_images_are_named_and_counted(cfg, dataset, finding):

@@ -52,10 +52,11 @@ def read(name):
         pytest.skip(f'the package ships it with a base that is missing: {error}')
     if isinstance(cfg.get('model', {}).get('backbone'), dict):
         cfg.model.backbone = dict(type='ResT', arch='lite')
-        # the channels of the former backbone, as the check advises
-        for text in list(check_backbones(cfg.model)):
-            key, value = re.search(r'--cfg-options (\S+)=(\S+),', text).groups()
-            cfg.merge_from_dict({key: ast.literal_eval(value)})
+        # maps and channels of the former backbone, as the check advises
+        for _ in range(2):  # first which map, then its channels
+            for text in list(check_backbones(cfg.model)):
+                key, value = re.search(r'--cfg-options (\S+)=(\S+),', text).groups()
+                cfg.merge_from_dict({key: ast.literal_eval(value)})
     return cfg
 
 

@@ -22,6 +22,11 @@ from .segmentation import SegDataset
 # boundaries
 OTHER_HEADS = {'FusedSemanticHead', 'SCNetSemanticHead', 'STDCHead'}
 
+# Necks that keep the channels, and do not state them
+POOLING_NECKS = {'GlobalAveragePooling', 'GeneralizedMeanPooling'}
+HEADS = ('head', 'decode_head', 'rpn_head')
+CHANNELS = (int, list, tuple)
+
 
 def check_backbones(model: Any) -> Iterator[str]:
     """Check the options of each ResT, and the channels that the next part states."""
@@ -37,20 +42,40 @@ def check_backbones(model: Any) -> Iterator[str]:
             yield f'{where}.backbone: {error}.'
             continue
         dims = [backbone.arch.embed_dims[i] for i in backbone.out_indices]
-        for name, taker in _takers(part):
-            indices = taker.get('in_index')
-            if not isinstance(indices, (list, tuple)):
-                indices = range(len(dims))
-            given = [dims[i] for i in indices if i < len(dims)]
-            stated = list(taker['in_channels'])
-            # YOLOV3Neck has them in reverse
-            if sorted(map(str, given)) != sorted(map(str, stated)):
-                yield (
-                    f'{where}.{name}.in_channels is {stated}, but the maps of '
-                    f'{where}.backbone that it takes have {shorten(given)} channels. '
-                    f'Set --cfg-options {where}.{name}.in_channels='
-                    f'{str(given).replace(" ", "")}, or correct the backbone.'
-                )
+        for name, taker in _takers(part, where):
+            yield from _check_channels(name, taker, f'{where}.backbone', dims)
+
+
+def _check_channels(
+    where: str, taker: dict, backbone: str, dims: list[int]
+) -> Iterator[str]:
+    """Compare the channels that a part states with those of the maps that it takes."""
+    stated, index = taker['in_channels'], taker.get('in_index')
+    if isinstance(stated, int):
+        chosen = index if isinstance(index, int) else -1
+        if not -len(dims) <= chosen < len(dims):
+            yield (
+                f'{where}.in_index is {chosen}, but {backbone} returns {len(dims)} '
+                f'maps. Set --cfg-options {where}.in_index=-1, or correct '
+                'out_indices of the backbone.'
+            )
+            return
+        given = dims[chosen]
+        # some necks take the first map
+        fits = stated == given or ('in_index' not in taker and stated == dims[0])
+        found = f'map of {backbone} that it takes has {given} channels'
+    else:
+        indices = index if isinstance(index, (list, tuple)) else range(len(dims))
+        given = [dims[i] for i in indices if i < len(dims)]
+        # YOLOV3Neck has them in reverse
+        fits = sorted(map(str, given)) == sorted(map(str, stated))
+        found = f'maps of {backbone} that it takes have {shorten(given)} channels'
+    if not fits:
+        yield (
+            f'{where}.in_channels is {stated}, but the {found}. Set --cfg-options '
+            f'{where}.in_channels={str(given).replace(" ", "")}, or correct the '
+            'backbone.'
+        )
 
 
 def _build(cfg: dict) -> Any:
@@ -63,17 +88,25 @@ def _build(cfg: dict) -> Any:
             return MODELS.build(dict(cfg))
 
 
-def _takers(model: dict) -> Iterator[tuple[str, dict]]:
-    """The parts that take maps of the backbone and state the channels of several."""
+def _takers(model: dict, where: str) -> Iterator[tuple[str, dict]]:
+    """The parts that take maps of the backbone and state their channels."""
     neck, name = model.get('neck'), 'neck'
     if isinstance(neck, (list, tuple)) and neck:
         neck, name = neck[0], 'neck.0'
-    parts = [(name, neck)] if neck else model.items()
-    for name, part in parts:
-        if isinstance(part, dict) and isinstance(
-            part.get('in_channels'), (list, tuple)
-        ):
-            yield name, part
+    if neck and type_name(neck) not in POOLING_NECKS:
+        if isinstance(neck, dict) and isinstance(neck.get('in_channels'), CHANNELS):
+            yield f'{where}.{name}', neck
+        return
+    for key, value in model.items():
+        outer = f'{where}.{key}'
+        for place, part in walk(value, outer):
+            channels = part.get('in_channels')
+            # mmseg's heads choose maps; by default these take the last one
+            takes = 'in_index' in part or (
+                place == outer and (key in HEADS or not isinstance(channels, int))
+            )
+            if takes and key != 'backbone' and isinstance(channels, CHANNELS):
+                yield place, part
 
 
 def check_class_counts(
