@@ -60,7 +60,7 @@ def _check_channels(
                 'out_indices of the backbone.'
             )
             return
-        given = dims[chosen]
+        given: Any = dims[chosen]
         # some necks take the first map
         fits = stated == given or ('in_index' not in taker and stated == dims[0])
         found = f'map of {backbone} that it takes has {given} channels'
