@@ -189,21 +189,27 @@ class WorkerShield:
 
     Slurm sends SIGTERM to all processes of a job. If a worker ends, torch raises an
     error in the iteration that the main process is about to finish. Until :meth:`end`
-    is called, a worker with this function ignores SIGTERM and SIGUSR1. It still ends
-    within seconds if its main process was killed, where torch's own worker may wait
-    forever to deliver a batch. ``init`` is the loader's own ``worker_init_fn``.
+    is called, a worker with this function ignores SIGTERM, SIGUSR1 and ``signals``. It
+    still ends within seconds if its main process was killed, where torch's own worker
+    may wait forever to deliver a batch. ``init`` is the loader's own
+    ``worker_init_fn``.
 
     It works with the start methods fork, spawn and forkserver. On Windows it does
     nothing.
     """
 
-    def __init__(self, init: Optional[Callable[[int], Any]] = None) -> None:
+    def __init__(
+        self,
+        init: Optional[Callable[[int], Any]] = None,
+        signals: Iterable[str] = (),
+    ) -> None:
         self.init = init
+        self.signals = {*STOP_SIGNALS, *signals}
         self._lasts = torch.ones(1, dtype=torch.bool).share_memory_()
 
     def __call__(self, worker_id: int) -> None:
         if os.name == 'posix':
-            for number in (signal.SIGTERM, signal.SIGUSR1):
+            for number in (getattr(signal, name) for name in self.signals):
                 # A handler, since the thread would not see an ignored signal.
                 # Blocking is not enough: threads of libraries do not block signals.
                 signal.signal(number, _ignore)
@@ -236,12 +242,18 @@ def _ignore(number: int, frame: Optional[FrameType]) -> None:
 
 
 @contextmanager
-def shield_workers(loaders: Iterable[DataLoader]) -> Iterator[None]:
+def shield_workers(
+    loaders: Iterable[DataLoader], signals: Iterable[str] = ()
+) -> Iterator[None]:
     """Shield the workers that data loaders start within this block.
 
     Their ``worker_init_fn`` is replaced, and restored at the end, also after an error.
     """
-    shielded = [(x, WorkerShield(x.worker_init_fn)) for x in loaders if _has_workers(x)]
+    shielded = [
+        (loader, WorkerShield(loader.worker_init_fn, signals))
+        for loader in loaders
+        if _has_workers(loader)
+    ]
     try:
         for loader, shield in shielded:
             loader.worker_init_fn = shield
@@ -366,7 +378,8 @@ class PreemptionHook(Hook):
         status: int = REQUEUE_STATUS,
         repeat: float = 5.0,
     ) -> None:
-        self._signals = StopSignals(tuple(signals), repeat)
+        self._names = tuple(signals)
+        self._signals = StopSignals(self._names, repeat)
         self._status = status
         self._flag = DelayedFlag()
         self._stops = self._ask_in_validation = False
@@ -386,7 +399,7 @@ class PreemptionHook(Hook):
         renewed = _renew_loader(runner, loop)
         loops = [loop] if runner.val_loop is None else [loop, runner.val_loop]
         loaders = [loop.dataloader for loop in loops]
-        with self._signals.noted(), shield_workers(loaders):
+        with self._signals.noted(), shield_workers(loaders, self._names):
             if renewed:
                 kind = type(loop.dataloader_iterator)
                 loop.dataloader_iterator = kind(loop.dataloader)

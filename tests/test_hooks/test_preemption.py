@@ -365,11 +365,11 @@ count = 2 if sys.argv[1] == 'fork' else 1
 if __name__ == '__main__':
     loader = DataLoader(Pids(), batch_size=1, num_workers=count, worker_init_fn=own,
                         multiprocessing_context=sys.argv[1])
-    with shield_workers([loader]):
+    with shield_workers([loader], ['SIGUSR2']):
         batches = iter(loader)
         pids = {int(next(batches)) for _ in range(8)}
         assert len(pids) == count
-        for name in ('TERM', 'USR1', 'TERM'):
+        for name in ('TERM', 'USR1', 'USR2', 'TERM'):
             subprocess.run(['kill', f'-{name}', *map(str, pids)], check=True)
         time.sleep(1.5)
         next(batches)
@@ -414,6 +414,28 @@ def test_shield_can_be_pickled_and_calls_the_loaders_function():
 
     def check():
         WorkerShield(lambda worker_id: os._exit(3 + worker_id))(1)
+
+    assert in_process(check) == 4
+
+
+def test_workers_ignore_the_signals_of_the_hook(tmp_path):
+    """Also those that do not inherit its handlers, with spawn and forkserver."""
+    shields = []
+
+    class Look(Validations):
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            shields.append(runner.train_dataloader.worker_init_fn)
+
+    hook = dict(HOOK, signals=('SIGTERM', 'SIGUSR2'))
+    build(
+        tmp_path, hooks=[hook, Look()], iters=1, loader_options=dict(num_workers=1)
+    ).train()
+
+    def check():
+        WorkerShield(signals=shields[0].signals)(0)  # that of the run has ended
+        for name in ('SIGTERM', 'SIGUSR1', 'SIGUSR2'):
+            kill_self(name)
+        os._exit(4)
 
     assert in_process(check) == 4
 
