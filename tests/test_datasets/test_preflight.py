@@ -251,6 +251,11 @@ def test_channels_of_heads_that_choose_maps(name, head, advice):
         # a neck may take the first map or the last one, and change the channels
         (dict(neck=dict(in_channels=64), head=dict(in_channels=9)), ''),
         (dict(neck=dict(in_channels=2048)), 'model.neck.in_channels=512'),
+        # mmseg's JPU takes a tuple only, and shells take one in quotes
+        (
+            dict(neck=dict(in_channels=(9, 9))),
+            '"model.neck.in_channels=(64,128,256,512)"',
+        ),
         (dict(neck=dict(type='Own'), head=dict(in_channels=9)), ''),
         # detectors do not state what it takes
         (dict(bbox_head=dict(in_channels=9)), ''),

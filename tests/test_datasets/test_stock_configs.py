@@ -55,7 +55,8 @@ def read(name):
         # maps and channels of the former backbone, as the check advises
         for _ in range(2):  # first which map, then its channels
             for text in list(check_backbones(cfg.model)):
-                key, value = re.search(r'--cfg-options (\S+)=(\S+),', text).groups()
+                option = re.search(r'--cfg-options "?(\S+?)"?, ', text)[1]
+                key, value = option.split('=')
                 cfg.merge_from_dict({key: ast.literal_eval(value)})
     return cfg
 
