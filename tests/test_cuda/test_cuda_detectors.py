@@ -10,6 +10,10 @@ from weights_rule import fill
 
 pytest.importorskip('mmcv.ops', reason="needs mmcv's operators", exc_type=ImportError)
 pytest.importorskip('mmdet', reason='needs MMDetection')
+from mmcv.ops import get_compiling_cuda_version  # noqa: E402
+
+if get_compiling_cuda_version() == 'not available':
+    pytest.skip("needs mmcv's operators for CUDA", allow_module_level=True)
 
 KINDS = ('retinanet', 'mask_rcnn')
 
