@@ -56,8 +56,10 @@ MIN_PART_ROWS = 32
 MIN_PART_BYTES = 2**19
 
 # On a GPU, products with longer sums are cut into one for each row: cuBLAS gives such a
-# sum to one multiprocessor, and took 12 ms for 9 million entries on an H200.
+# sum to one multiprocessor, and took 12 ms for 9 million entries on an H200. With only
+# a few keys in a row, the products would take more memory than the maps.
 LONG_SUM = 2**20
+MIN_ROW_KEYS = 64
 
 # ---------------------------------------------------------------- tiles
 
@@ -230,7 +232,8 @@ def _mix_heads(weight: Tensor, maps: Tensor, out: Tensor) -> Tensor:
 
 def _products_of_heads(a: Tensor, b: Tensor) -> Tensor:
     """``sum(a[:, i] * b[:, j])`` for each pair of heads, (h, h)."""
-    if a.is_cuda and a[0, 0].numel() >= LONG_SUM:
+    rows, keys = a.shape[2:]
+    if a.is_cuda and rows * keys >= LONG_SUM and keys >= MIN_ROW_KEYS:
         return _products_of_heads_by_rows(a, b)
     return torch.bmm(a.flatten(2), b.flatten(2).transpose(-2, -1)).sum(0)
 

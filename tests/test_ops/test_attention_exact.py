@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from attention_cases import TOLERANCE, Shape, assert_same, make_inputs, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmrest.ops import attention, head_interaction_attention
 from mmrest.ops.tiled import choose_tile
@@ -48,6 +49,17 @@ def test_long_sums_of_a_gpu(shape, monkeypatch):
     monkeypatch.setattr(tiled, '_products_of_heads', tiled._products_of_heads_by_rows)
     found = run(inputs, grad, attn_impl='tiled')
     assert_same(found, expected, TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize('rows, keys, cut', [(2**14, 64, True), (2**20, 1, False)])
+def test_products_for_each_row_are_smaller_than_the_maps(rows, keys, cut, monkeypatch):
+    tiled = import_module('mmrest.ops.tiled')
+    calls = []
+    monkeypatch.setattr(tiled, '_products_of_heads_by_rows', lambda *x: calls.append(x))
+    with FakeTensorMode():
+        maps = torch.empty(1, 8, rows, keys, device='cuda')
+        tiled._products_of_heads(maps, maps)
+    assert bool(calls) is cut
 
 
 @settings(max_examples=60, deadline=None)
