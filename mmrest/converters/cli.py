@@ -42,6 +42,12 @@ def mapping_lines(conversion: Conversion, to_mmdet: bool) -> list[str]:
     return lines
 
 
+def error_line(source: str, error: Exception) -> str:
+    """A message that names the file that is read, once."""
+    text = str(error)
+    return f'error: {text}' if source in text else f'error: {source}: {text}'
+
+
 OTHER_FORMATS = ('.pkl', '.safetensors', '.pdparams', '.onnx')
 
 
@@ -70,7 +76,7 @@ def run(
         else:
             save(checkpoint, args.dst)
     except (CheckpointError, ConversionError, OSError) as error:
-        print(f'error: {args.src}: {error}', file=sys.stderr)
+        print(error_line(args.src, error), file=sys.stderr)
         return 1
     count = len(conversion.state_dict)
     done = 'would be written' if args.dry_run else f'written to {args.dst}'

@@ -125,7 +125,7 @@ def test_half_downloaded(share, tool, source, tmp_path):
     data = source.read_bytes()
     source.write_bytes(data[: int(len(data) * share)])
     text = tool(TO_MMDET, source, 'out.pth', fails=True)
-    assert text.startswith(f'error: {source}')
+    assert text.startswith(f'error: {source}') and text.count(str(source)) == 1
     assert not (tmp_path / 'out.pth').exists()
 
 

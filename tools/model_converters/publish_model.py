@@ -5,6 +5,7 @@ import sys
 
 from mmrest.checkpoint import CheckpointError
 from mmrest.converters import ConversionError, publish
+from mmrest.converters.cli import error_line
 from mmrest.converters.files import FORMATS
 
 
@@ -26,7 +27,7 @@ def main() -> int:
     try:
         path = publish(args.in_file, args.out_file, args.force, args.format)
     except (CheckpointError, ConversionError, OSError) as error:
-        print(f'error: {args.in_file}: {error}', file=sys.stderr)
+        print(error_line(args.in_file, error), file=sys.stderr)
         return 1
     print(f'written to {path}')
     return 0
