@@ -634,9 +634,11 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(statistics, gain)
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Optional[Tensor], ...]:
+def _backward(
+    ctx: Any, grad: Tensor, *_: Tensor, compute: Callable = _backward_op
+) -> tuple[Optional[Tensor], ...]:
     q, k, v, weight, bias, out, statistics, gain = ctx.saved_tensors
-    grads = _backward_op(
+    grads = compute(
         grad, q, k, v, weight, out, statistics, gain, ctx.scale, ctx.tile_rows
     )
     # exactly 0, and not None: the parameter takes part in the computation, so
@@ -682,10 +684,5 @@ class _Attention(torch.autograd.Function):
         # create_graph=True, which the operator refuses later, or compiled autograd
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return _backward(ctx, grad)
-        q, k, v, weight, bias, out, statistics, gain = ctx.saved_tensors
-        with torch.cuda.device_of(q):
-            grads = _differentiate(
-                grad, q, k, v, weight, out, statistics, gain, ctx.scale, ctx.tile_rows
-            )
-        grad_bias = None if bias is None else torch.zeros_like(bias)
-        return (*grads, grad_bias, None, None, None)
+        with torch.cuda.device_of(grad):
+            return _backward(ctx, grad, compute=_differentiate)
