@@ -71,10 +71,9 @@ def _check_channels(
         fits = sorted(map(str, given)) == sorted(map(str, stated))
         found = f'maps of {backbone} that it takes have {shorten(given)} channels'
     if not fits:
-        if isinstance(stated, tuple):  # some necks insist on the type
-            given = tuple(given)
         option = f'{where}.in_channels={str(given).replace(" ", "")}'
-        option = f'"{option}"' if isinstance(stated, tuple) else option
+        if isinstance(stated, tuple):  # some necks insist on the type
+            option = f'"{where}.in_channels={str(tuple(given)).replace(" ", "")}"'
         yield (
             f'{where}.in_channels is {stated}, but the {found}. Set --cfg-options '
             f'{option}, or correct the backbone.'
