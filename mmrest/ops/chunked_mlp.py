@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .fast_path import is_plain, is_watched
+from .packed_linear import PackedLinear
 
 # Bytes of a chunk's hidden layer
 CPU_CHUNK_BYTES = 4 * 2**20
@@ -80,10 +81,12 @@ class _ChunkedMlp(torch.autograd.Function):
         # no view is returned: it could not be changed in place
         out = x.new_empty(*x.shape[:-1], weight2.shape[0])
         rows = out.flatten(0, -2)
+        chunk_rows = _chunk_rows(x, weight1)
         with torch.autocast(x.device.type, enabled=False):
-            for chunk in _chunks(len(tokens), _chunk_rows(x, weight1)):
-                act = F.gelu(F.linear(tokens[chunk], weight1, bias1))
-                torch.addmm(bias2, act, weight2.t(), out=rows[chunk])
+            linear1 = PackedLinear(weight1, bias1, tokens, chunk_rows)
+            linear2 = PackedLinear(weight2, bias2, tokens, chunk_rows)
+            for chunk in _chunks(len(tokens), chunk_rows):
+                linear2(linear1.gelu(tokens[chunk]), out=rows[chunk])
         return out
 
     @staticmethod
@@ -95,12 +98,15 @@ class _ChunkedMlp(torch.autograd.Function):
         grad_x = x.new_empty(tokens.shape) if want_x else None
         grad_weights: Optional[tuple[Tensor, ...]] = None
         with torch.autocast(x.device.type, enabled=False):
+            linear1 = PackedLinear(weight1, bias1, tokens, rows)
+            transposed1 = PackedLinear(weight1.t(), None, tokens, rows)
+            transposed2 = PackedLinear(weight2.t(), None, tokens, rows)
             for chunk in _chunks(len(tokens), rows):
-                hidden = F.linear(tokens[chunk], weight1, bias1)
-                grad_act = grad[chunk] @ weight2
+                hidden = linear1(tokens[chunk])
+                grad_act = transposed2(grad[chunk])
                 grad_hidden = torch.ops.aten.gelu_backward(grad_act, hidden)
                 if grad_x is not None:
-                    grad_x[chunk] = grad_hidden @ weight1
+                    grad_x[chunk] = transposed1(grad_hidden)
                 if want_weights:
                     parts = (
                         grad_hidden.t() @ tokens[chunk],
