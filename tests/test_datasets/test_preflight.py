@@ -441,3 +441,27 @@ def test_the_tool_that_checks_the_data_alone(call, cfg, dataset):
     output = call(*tool, cwd=dataset, fails=True)
     assert 'check_dataset.py: 1 problem' in output and 'train_2.jpg' in output
     call(*tool, '--decode', 0, cwd=dataset)
+
+
+@pytest.mark.parametrize('out_dir', [None, 'checkpoints'])
+def test_checkpoints_of_an_earlier_run_are_named(cfg, tmp_path, out_dir):
+    cfg.work_dir = str(tmp_path / 'run')
+    folder = tmp_path / 'run'
+    if out_dir:
+        cfg.default_hooks = dict(checkpoint=dict(out_dir=str(tmp_path / out_dir)))
+        folder = tmp_path / out_dir / 'run'
+    folder.mkdir(parents=True)
+    (folder / 'best_coco_bbox_mAP_epoch_1.pth').touch()
+
+    def notes(stage='train'):
+        return [text for _, text in check_config(cfg, stage) if 'earlier run' in text]
+
+    assert not notes()
+    for name in ('epoch_2.pth', 'iter_10.pth'):
+        (folder / name).touch()
+    (text,) = notes()
+    assert f'{folder} holds epoch_2.pth, iter_10.pth of an earlier run' in text
+    assert '--resume' in text and '--work-dir' in text
+    assert not notes('test')
+    cfg.resume = True
+    assert not notes()

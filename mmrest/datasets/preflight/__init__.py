@@ -10,7 +10,7 @@
 ``segmentation.py``  folders, pairs and label indices of segmentation datasets
 ``model.py``         class counts of the heads, and pretrained weights
 ``schedule.py``      loop, sampler, schedules and hooks: epochs or iterations
-``work_dir.py``      folders that the run writes into
+``work_dir.py``      folders that the run writes into: writable, of no earlier run
 ===================  =========================================================
 
 The checks know formats, not data sets. A finding names the subject, what was found and
@@ -37,7 +37,7 @@ from .reading import check_class_text
 from .schedule import check_loaders, check_units
 from .segmentation import check_ignored, check_seg_dataset, find_seg_datasets
 from .usage import describe_use
-from .work_dir import check_folders
+from .work_dir import check_folders, note_checkpoints
 
 __all__ = ['PreflightError', 'check_config', 'check_data', 'log_report']
 
@@ -71,6 +71,7 @@ def check_config(cfg: Config, stage: str = 'train') -> Report:
     """
     init_default_scope(find_toolbox(cfg) or 'mmengine')
     clashes, notes = check_units(cfg) if stage == 'train' else ([], [])
+    notes += note_checkpoints(cfg) if stage == 'train' else []
     options = dict(cfg.get('preflight') or {}, read=not cfg.get('resume'))
     with _uncollected():
         in_data, report = _examine(cfg, stage, **options)
