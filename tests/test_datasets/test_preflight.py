@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS
 
 from mmrest.datasets.preflight import PreflightError, check_config, check_data
 from mmrest.datasets.preflight.model import check_backbones
@@ -265,6 +266,50 @@ def test_channels_of_parts_that_take_a_map_by_default(parts, advice):
     found = list(check_backbones(dict(backbone=dict(type='ResT'), **parts)))
     assert len(found) == bool(advice)
     assert not advice or f'--cfg-options {advice}, or' in found[0]
+
+
+@pytest.mark.parametrize(
+    'backbone',
+    [dict(type='ResTV2', arch='tiny'), dict(type='ResT', out_norm='branch')],
+    ids=lambda backbone: backbone['type'],
+)
+def test_norms_of_maps_that_the_neck_leaves_out(cfg, finding, backbone):
+    cfg.model.backbone = backbone
+    dims = MODELS.build(backbone).arch.embed_dims
+    cfg.model.neck.update(in_channels=list(dims), start_level=1)
+    check_config(cfg)  # one process
+    cfg.launcher = 'pytorch'
+    check_config(cfg, 'test')
+    text = finding(cfg)
+    assert 'model.neck.start_level=1 leaves out maps of model.backbone' in text
+    advice = (
+        'model.backbone.out_indices=[1,2,3] '
+        f'model.neck.in_channels=[{dims[1]},{dims[2]},{dims[3]}] '
+        'model.neck.start_level=0, or find_unused_parameters=True.'
+    )
+    assert advice in text
+    cfg.model.backbone.out_indices = [1, 2, 3]
+    cfg.model.neck.update(in_channels=list(dims[1:]), start_level=0)
+    check_config(cfg)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(find_unused_parameters=True),
+        dict(model_wrapper_cfg=dict(find_unused_parameters=True)),
+        dict(model_wrapper_cfg=dict(type='MMFullyShardedDataParallel')),
+        {'model.neck.start_level': 0},
+        {'model.backbone.out_norm': 'chain'},
+    ],
+    ids=str,
+)
+def test_norms_that_may_lack_gradients(cfg, change):
+    cfg.launcher = 'pytorch'
+    cfg.model.backbone = dict(type='ResT', out_norm='branch')
+    cfg.model.neck.update(in_channels=[64, 128, 256, 512], start_level=1)
+    cfg.merge_from_dict(change)
+    check_config(cfg)
 
 
 def test_missing_images_are_named_and_counted(cfg, dataset, finding):

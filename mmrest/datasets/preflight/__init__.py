@@ -32,7 +32,12 @@ from ...utils.config_types import find_toolbox
 from .coco import CocoDataset, Content, check_annotations, find_coco_datasets
 from .evaluators import check_evaluators, find_evaluators, with_evaluation
 from .images import check_images
-from .model import check_backbones, check_class_counts, check_weights
+from .model import (
+    check_backbones,
+    check_class_counts,
+    check_unused_maps,
+    check_weights,
+)
 from .reading import check_class_text
 from .schedule import check_loaders, check_units
 from .segmentation import check_ignored, check_seg_dataset, find_seg_datasets
@@ -78,6 +83,7 @@ def check_config(cfg: Config, stage: str = 'train') -> Report:
     found = [
         *check_folders(cfg),
         *check_backbones(cfg.get('model') or {}),
+        *(check_unused_maps(cfg) if stage == 'train' else ()),
         *check_weights(cfg, stage),
         *check_loaders(cfg, STAGES[stage]),
         *clashes,

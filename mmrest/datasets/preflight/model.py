@@ -30,11 +30,7 @@ CHANNELS = (int, list, tuple)
 
 def check_backbones(model: Any) -> Iterator[str]:
     """Check the options of each ResT, and the channels that the next part states."""
-    for where, part in walk(model, 'model'):
-        cfg: Any = part.get('backbone')
-        kind = find_type(cfg, MODELS) if isinstance(cfg, dict) else None
-        if kind not in (ResT, ResTV2):  # a subclass may return other maps
-            continue
+    for where, part, cfg in _backbones(model):
         options = {k: v for k, v in cfg.items() if k not in ('init_cfg', 'pretrained')}
         try:
             backbone = _build(options)
@@ -44,6 +40,61 @@ def check_backbones(model: Any) -> Iterator[str]:
         dims = [backbone.arch.embed_dims[i] for i in backbone.out_indices]
         for name, taker in _takers(part, where):
             yield from _check_channels(name, taker, f'{where}.backbone', dims)
+
+
+def check_unused_maps(cfg: Any) -> Iterator[str]:
+    """Find output norms without gradients, at which DistributedDataParallel stops.
+
+    A neck with ``start_level`` leaves out the first maps. With ``out_norm='chain'``,
+    the next stage takes them.
+    """
+    wrapper = cfg.get('model_wrapper_cfg') or {}
+    if (
+        cfg.get('launcher', 'none') == 'none'
+        or cfg.get('find_unused_parameters')
+        or wrapper.get('find_unused_parameters')
+        or type_name(wrapper) not in ('', 'MMDistributedDataParallel')
+        or cfg.get('strategy')
+    ):
+        return
+    for where, part, options in _backbones(cfg.get('model') or {}):
+        name, neck = _first_neck(part)
+        start = neck.get('start_level')
+        branches = find_type(options, MODELS) is ResTV2 or (
+            options.get('out_norm') == 'branch'
+        )
+        if branches and isinstance(start, int) and start > 0:
+            kept = list(options.get('out_indices', range(4)))[start:]
+            channels = list(neck.get('in_channels', ()))[start:]
+            yield (
+                f'{where}.{name}.start_level={start} leaves out maps of '
+                f'{where}.backbone, whose norms then have no gradient. '
+                'DistributedDataParallel would stop in the second step. Set '
+                f'--cfg-options {where}.backbone.out_indices={_as_option(kept)} '
+                f'{where}.{name}.in_channels={_as_option(channels)} '
+                f'{where}.{name}.start_level=0, or find_unused_parameters=True.'
+            )
+
+
+def _backbones(model: Any) -> Iterator[tuple[str, dict, dict]]:
+    """Yield each part with a ResT, its place, and the config of the ResT."""
+    for where, part in walk(model, 'model'):
+        cfg: Any = part.get('backbone')
+        # a subclass may return other maps
+        if isinstance(cfg, dict) and find_type(cfg, MODELS) in (ResT, ResTV2):
+            yield where, part, cfg
+
+
+def _first_neck(model: dict) -> tuple[str, dict]:
+    """Return the key and the config of the neck, or of the first in a list."""
+    neck = model.get('neck')
+    if isinstance(neck, (list, tuple)) and neck:
+        return 'neck.0', neck[0]
+    return 'neck', neck if isinstance(neck, dict) else {}
+
+
+def _as_option(values: Any) -> str:
+    return str(values).replace(' ', '')
 
 
 def _check_channels(
@@ -71,9 +122,9 @@ def _check_channels(
         fits = sorted(map(str, given)) == sorted(map(str, stated))
         found = f'maps of {backbone} that it takes have {shorten(given)} channels'
     if not fits:
-        option = f'{where}.in_channels={str(given).replace(" ", "")}'
+        option = f'{where}.in_channels={_as_option(given)}'
         if isinstance(stated, tuple):  # some necks insist on the type
-            option = f'"{where}.in_channels={str(tuple(given)).replace(" ", "")}"'
+            option = f'"{where}.in_channels={_as_option(tuple(given))}"'
         yield (
             f'{where}.in_channels is {stated}, but the {found}. Set --cfg-options '
             f'{option}, or correct the backbone.'
@@ -92,11 +143,9 @@ def _build(cfg: dict) -> Any:
 
 def _takers(model: dict, where: str) -> Iterator[tuple[str, dict]]:
     """The parts that take maps of the backbone and state their channels."""
-    neck, name = model.get('neck'), 'neck'
-    if isinstance(neck, (list, tuple)) and neck:
-        neck, name = neck[0], 'neck.0'
+    name, neck = _first_neck(model)
     if neck and type_name(neck) not in POOLING_NECKS:
-        if isinstance(neck, dict) and isinstance(neck.get('in_channels'), CHANNELS):
+        if isinstance(neck.get('in_channels'), CHANNELS):
             yield f'{where}.{name}', neck
         return
     for key, value in model.items():
