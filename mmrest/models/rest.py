@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from ..ops import (
     attention,
     check_attn_impl,
-    conv_norm,
     dense_head_interaction_attention,
     gelu_mlp,
     head_interaction_attention,
@@ -102,8 +101,8 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # B, in_channels, H, W -> B, dim / 2, H / 2, W / 2
-        x = self.act(conv_norm(x, self.conv1, self.norm1))
-        x = self.act(conv_norm(x, self.conv2, self.norm2))
+        x = self.act(self.norm1(self.conv1(x)))
+        x = self.act(self.norm2(self.conv2(x)))
         # -> B, dim, H / 4, W / 4
         return self.pos(self.conv3(x))
 
@@ -121,7 +120,7 @@ class PatchEmbed(nn.Module):
         self.pos = pos
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.pos(conv_norm(x, self.conv, self.norm))
+        return self.pos(self.norm(self.conv(x)))
 
 
 # ---------------------------------------------------------------- blocks

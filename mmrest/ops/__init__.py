@@ -1,5 +1,4 @@
 from .chunked_mlp import gelu_mlp
-from .folded_norm import conv_norm
 from .head_interaction_attention import (
     ATTN_IMPLS,
     attention,
@@ -12,7 +11,6 @@ __all__ = [
     'ATTN_IMPLS',
     'attention',
     'check_attn_impl',
-    'conv_norm',
     'dense_head_interaction_attention',
     'gelu_mlp',
     'head_interaction_attention',

@@ -84,9 +84,9 @@ class _ChunkedMlp(torch.autograd.Function):
         chunk_rows = _chunk_rows(x, weight1)
         with torch.autocast(x.device.type, enabled=False):
             linear1 = PackedLinear(weight1, bias1, tokens, chunk_rows)
-            linear2 = PackedLinear(weight2, bias2, tokens, chunk_rows)
             for chunk in _chunks(len(tokens), chunk_rows):
-                linear2(linear1.gelu(tokens[chunk]), out=rows[chunk])
+                act = linear1.gelu(tokens[chunk])
+                torch.addmm(bias2, act, weight2.t(), out=rows[chunk])
         return out
 
     @staticmethod
@@ -99,14 +99,13 @@ class _ChunkedMlp(torch.autograd.Function):
         grad_weights: Optional[tuple[Tensor, ...]] = None
         with torch.autocast(x.device.type, enabled=False):
             linear1 = PackedLinear(weight1, bias1, tokens, rows)
-            transposed1 = PackedLinear(weight1.t(), None, tokens, rows)
-            transposed2 = PackedLinear(weight2.t(), None, tokens, rows)
+            transposed2 = PackedLinear(weight2.t(), None, grad, rows)
             for chunk in _chunks(len(tokens), rows):
                 hidden = linear1(tokens[chunk])
                 grad_act = transposed2(grad[chunk])
                 grad_hidden = torch.ops.aten.gelu_backward(grad_act, hidden)
                 if grad_x is not None:
-                    grad_x[chunk] = transposed1(grad_hidden)
+                    grad_x[chunk] = grad_hidden @ weight1
                 if want_weights:
                     parts = (
                         grad_hidden.t() @ tokens[chunk],

@@ -23,8 +23,7 @@ _HOOKS = (
 )
 # PyTorch's own methods, since a program may have replaced them in the classes
 _FORWARDS: dict[type[nn.Module], Any] = {
-    kind: kind.forward
-    for kind in (nn.BatchNorm2d, nn.Conv2d, nn.Dropout, nn.GELU, nn.Linear)
+    kind: kind.forward for kind in (nn.Conv2d, nn.Dropout, nn.GELU, nn.Linear)
 }
 
 
@@ -33,8 +32,7 @@ def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
 
     Args:
         layer (nn.Module): The layer.
-        kind (type): ``nn.BatchNorm2d``, ``nn.Conv2d``, ``nn.Dropout``, ``nn.GELU`` or
-            ``nn.Linear``.
+        kind (type): ``nn.Conv2d``, ``nn.Dropout``, ``nn.GELU`` or ``nn.Linear``.
 
     Returns:
         bool: False if the layer is of another class (a subclass, an adapter, a
