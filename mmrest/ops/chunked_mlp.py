@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .fast_path import is_plain, is_watched
-from .packed_linear import PackedLinear
 
 # Bytes of a chunk's hidden layer
 CPU_CHUNK_BYTES = 4 * 2**20
@@ -81,11 +80,9 @@ class _ChunkedMlp(torch.autograd.Function):
         # no view is returned: it could not be changed in place
         out = x.new_empty(*x.shape[:-1], weight2.shape[0])
         rows = out.flatten(0, -2)
-        chunk_rows = _chunk_rows(x, weight1)
         with torch.autocast(x.device.type, enabled=False):
-            linear1 = PackedLinear(weight1, bias1, tokens, chunk_rows)
-            for chunk in _chunks(len(tokens), chunk_rows):
-                act = linear1.gelu(tokens[chunk])
+            for chunk in _chunks(len(tokens), _chunk_rows(x, weight1)):
+                act = F.gelu(F.linear(tokens[chunk], weight1, bias1))
                 torch.addmm(bias2, act, weight2.t(), out=rows[chunk])
         return out
 
@@ -98,11 +95,9 @@ class _ChunkedMlp(torch.autograd.Function):
         grad_x = x.new_empty(tokens.shape) if want_x else None
         grad_weights: Optional[tuple[Tensor, ...]] = None
         with torch.autocast(x.device.type, enabled=False):
-            linear1 = PackedLinear(weight1, bias1, tokens, rows)
-            transposed2 = PackedLinear(weight2.t(), None, grad, rows)
             for chunk in _chunks(len(tokens), rows):
-                hidden = linear1(tokens[chunk])
-                grad_act = transposed2(grad[chunk])
+                hidden = F.linear(tokens[chunk], weight1, bias1)
+                grad_act = grad[chunk] @ weight2
                 grad_hidden = torch.ops.aten.gelu_backward(grad_act, hidden)
                 if grad_x is not None:
                     grad_x[chunk] = grad_hidden @ weight1

@@ -1,13 +1,10 @@
 """The chunked MLP against the plain formula, forward and backward."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
 
 from mmrest.models.rest import Mlp
-from mmrest.ops import packed_linear
 
 
 @pytest.fixture(autouse=True)
@@ -15,17 +12,6 @@ def small_chunks(monkeypatch):
     """Chunks of 52 tokens forward and 64 backward, for a hidden layer of 24."""
     monkeypatch.setattr('mmrest.ops.chunked_mlp.CPU_CHUNK_BYTES', 10_000)
     monkeypatch.setattr('mmrest.ops.chunked_mlp.MIN_BACKWARD_ROWS', 64)
-
-
-@pytest.fixture
-def packed(monkeypatch):
-    """Weights in oneDNN's order for any number of tokens, also without AVX-512."""
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip('needs PyTorch with oneDNN')
-    smallest = dict.fromkeys(packed_linear.MIN_TOKENS, 0)
-    monkeypatch.setattr(packed_linear, 'MIN_TOKENS', smallest)
-    monkeypatch.setattr(packed_linear, 'MIN_VALUES', 0)
-    monkeypatch.setattr('torch.backends.cpu.get_cpu_capability', lambda: 'AVX512')
 
 
 def plain(mlp, x):
@@ -63,8 +49,8 @@ def test_sums_over_chunks_are_not_rounded_to_half_precision():
 
 
 @pytest.mark.parametrize('layout', ['permuted tokens', 'expanded gradient'])
-def test_layouts(layout, dtype=torch.float64):
-    mlp, x = make(2, 90, dtype=dtype)
+def test_layouts(layout):
+    mlp, x = make(2, 90)
     grad = torch.randn(2, 90, 6, dtype=x.dtype)
     if layout == 'permuted tokens':
         x = x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
@@ -92,8 +78,8 @@ def test_only_what_needs_a_gradient_gets_one(frozen):
         torch.testing.assert_close(found, wanted)
 
 
-def test_second_order_gradients(dtype=torch.float64):
-    mlp, x = make(1, 70, dtype=dtype)
+def test_second_order_gradients():
+    mlp, x = make(1, 70)
     found, expected = (
         torch.autograd.grad(
             torch.autograd.grad(f(x).square().sum(), x, create_graph=True)[0].sum(),
@@ -180,87 +166,3 @@ def test_dropout_acts_in_training_only():
     mlp = Mlp(6, 24, drop=0.5)
     assert not torch.equal(mlp(x), mlp(x))
     torch.testing.assert_close(mlp.eval()(x), plain(mlp, x))
-
-
-def onednn_calls(function):
-    """How often a function calls oneDNN's linear layer."""
-    with torch.profiler.profile() as profile:
-        function()
-    names = [event.name for event in profile.events()]
-    return names.count('mkldnn::_linear_pointwise')
-
-
-@pytest.mark.usefixtures('packed')
-def test_packed_weights_serve_each_chunk():
-    mlp, x = make(1, 100, dtype=torch.float32)
-    # chunks of 104 tokens forward and backward
-    loss = mlp(x).sum()
-    assert onednn_calls(lambda: mlp(x)) == 1
-    assert onednn_calls(loss.backward) == 2
-    with torch.no_grad():
-        assert onednn_calls(lambda: mlp(x.repeat(1, 5, 1))) == 5
-        mlp.fc1.weight.zero_()
-        torch.testing.assert_close(mlp(x), plain(mlp, x))
-
-
-@pytest.mark.usefixtures('packed')
-@pytest.mark.parametrize(
-    'case', ['float64', 'float16', 'few tokens', 'switched off', 'no AVX-512']
-)
-def test_where_weights_are_not_packed(case, monkeypatch):
-    types = {'float64': torch.float64, 'float16': torch.float16}
-    mlp, x = make(1, 100, dtype=types.get(case, torch.float32))
-    if case == 'few tokens':
-        monkeypatch.setitem(packed_linear.MIN_TOKENS, torch.float32, 101)
-    elif case == 'switched off':
-        monkeypatch.setattr(torch.backends.mkldnn, 'enabled', False)
-    elif case == 'no AVX-512':
-        monkeypatch.setattr('torch.backends.cpu.get_cpu_capability', lambda: 'AVX2')
-    with torch.no_grad():
-        assert onednn_calls(lambda: mlp(x)) == 0
-        torch.testing.assert_close(mlp(x), plain(mlp, x))
-
-
-@pytest.mark.usefixtures('packed')
-@pytest.mark.parametrize('shape', [(2, 700), (2, 64), (1, 1), (0, 9), (3, 0)], ids=str)
-def test_packed_equals_the_plain_formula(shape):
-    mlp, x = make(*shape, dtype=torch.float32)
-    leaves = (x, *mlp.parameters())
-    grad = torch.randn_like(x)
-    out = mlp(x)
-    found = (out, *torch.autograd.grad(out, leaves, grad))
-    exact, wide = copy.deepcopy(mlp).double(), x.detach().double().requires_grad_()
-    expected = plain(exact, wide)
-    leaves = (wide, *exact.parameters())
-    wanted = (expected, *torch.autograd.grad(expected, leaves, grad.double()))
-    for one, other in zip(found, wanted):
-        torch.testing.assert_close(one, other.float(), rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.usefixtures('packed')
-@pytest.mark.parametrize('layout', ['permuted tokens', 'expanded gradient'])
-def test_packed_layouts(layout):
-    test_layouts(layout, torch.float32)
-
-
-@pytest.mark.usefixtures('packed')
-def test_packed_autocast_is_as_exact_as_the_plain_formula():
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip('oneDNN has no bfloat16 on this processor')
-    test_autocast_is_as_exact_as_the_plain_formula(torch.bfloat16)
-
-
-@pytest.mark.usefixtures('packed')
-def test_packed_second_order_gradients():
-    test_second_order_gradients(torch.float32)
-
-
-@pytest.mark.usefixtures('packed')
-@pytest.mark.parametrize('value', [float('nan'), float('inf'), 1e30, -1e30, 0.0])
-def test_packed_values_that_are_no_usual_ones(value):
-    mlp, x = make(1, 60, dtype=torch.float32)
-    with torch.no_grad():
-        x[0, 30] = value
-        expected = plain(mlp, x)
-        found = mlp(x)
-    torch.testing.assert_close(found, expected, equal_nan=True)
