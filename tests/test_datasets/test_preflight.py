@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 
 from mmrest.datasets.preflight import PreflightError, check_config, check_data
-from mmrest.datasets.preflight.model import check_backbones
+from mmrest.datasets.preflight.model import check_backbones, check_unused_maps
 
 POLYGON = [[1, 1, 9, 1, 9, 9]]
 
@@ -298,6 +298,7 @@ def test_norms_of_maps_that_the_neck_leaves_out(cfg, finding, backbone):
     [
         dict(find_unused_parameters=True),
         dict(model_wrapper_cfg=dict(find_unused_parameters=True)),
+        dict(model_wrapper_cfg=dict(static_graph=True)),
         dict(model_wrapper_cfg=dict(type='MMFullyShardedDataParallel')),
         {'model.neck.start_level': 0},
         {'model.backbone.out_norm': 'chain'},
@@ -310,6 +311,26 @@ def test_norms_that_may_lack_gradients(cfg, change):
     cfg.model.neck.update(in_channels=[64, 128, 256, 512], start_level=1)
     cfg.merge_from_dict(change)
     check_config(cfg)
+
+
+def test_advice_about_left_out_maps_names_what_the_config_has():
+    backbone = dict(type='ResTV2', arch='tiny')
+    neck = dict(type='Neck', start_level=1)
+    cfg = dict(model=dict(backbone=backbone, neck=neck), launcher='pytorch')
+    cfg.update(model_wrapper_cfg=dict(type='MMDistributedDataParallel'))
+    (text,) = check_unused_maps(cfg)
+    assert text.endswith(
+        '--cfg-options model.backbone.out_indices=[1,2,3] model.neck.start_level=0, '
+        'or model_wrapper_cfg.find_unused_parameters=True.'
+    )
+
+
+@pytest.mark.parametrize('out_indices', [3, None, 'all'])
+def test_wrong_out_indices_are_named_where_maps_are_left_out(cfg, finding, out_indices):
+    cfg.launcher = 'pytorch'
+    cfg.model.backbone = dict(type='ResTV2', out_indices=out_indices)
+    cfg.model.neck.start_level = 1
+    assert 'model.backbone: out_indices' in finding(cfg)
 
 
 def test_missing_images_are_named_and_counted(cfg, dataset, finding):

@@ -48,32 +48,39 @@ def check_unused_maps(cfg: Any) -> Iterator[str]:
     A neck with ``start_level`` leaves out the first maps. With ``out_norm='chain'``,
     the next stage takes them.
     """
-    wrapper = cfg.get('model_wrapper_cfg') or {}
+    wrapper = cfg.get('model_wrapper_cfg')
+    # MMEngine reads find_unused_parameters from one of the two
+    prefix, ddp = ('', cfg) if wrapper is None else ('model_wrapper_cfg.', wrapper)
     if (
         cfg.get('launcher', 'none') == 'none'
-        or cfg.get('find_unused_parameters')
-        or wrapper.get('find_unused_parameters')
-        or type_name(wrapper) not in ('', 'MMDistributedDataParallel')
+        or ddp.get('find_unused_parameters')
+        or (wrapper or {}).get('static_graph')  # it allows for unused parameters
+        or type_name(wrapper or {}) not in ('', 'MMDistributedDataParallel')
         or cfg.get('strategy')
     ):
         return
     for where, part, options in _backbones(cfg.get('model') or {}):
         name, neck = _first_neck(part)
-        start = neck.get('start_level')
+        start, channels = neck.get('start_level'), neck.get('in_channels')
+        maps = options.get('out_indices', tuple(range(4)))
         branches = find_type(options, MODELS) is ResTV2 or (
             options.get('out_norm') == 'branch'
         )
-        if branches and isinstance(start, int) and start > 0:
-            kept = list(options.get('out_indices', range(4)))[start:]
-            channels = list(neck.get('in_channels', ()))[start:]
-            yield (
-                f'{where}.{name}.start_level={start} leaves out maps of '
-                f'{where}.backbone, whose norms then have no gradient. '
-                'DistributedDataParallel would stop in the second step. Set '
-                f'--cfg-options {where}.backbone.out_indices={_as_option(kept)} '
-                f'{where}.{name}.in_channels={_as_option(channels)} '
-                f'{where}.{name}.start_level=0, or find_unused_parameters=True.'
-            )
+        if not branches or not isinstance(start, int) or start <= 0:
+            continue
+        if not isinstance(maps, (list, tuple)):  # check_backbones names it
+            continue
+        changes = [f'{where}.backbone.out_indices={_as_option(list(maps)[start:])}']
+        if isinstance(channels, (list, tuple)):
+            kept = list(channels)[start:]
+            changes.append(f'{where}.{name}.in_channels={_as_option(kept)}')
+        yield (
+            f'{where}.{name}.start_level={start} leaves out maps of '
+            f'{where}.backbone, whose norms then have no gradient. '
+            'DistributedDataParallel would stop in the second step. Set '
+            f'--cfg-options {" ".join(changes)} {where}.{name}.start_level=0, or '
+            f'{prefix}find_unused_parameters=True.'
+        )
 
 
 def _backbones(model: Any) -> Iterator[tuple[str, dict, dict]]:
@@ -87,10 +94,10 @@ def _backbones(model: Any) -> Iterator[tuple[str, dict, dict]]:
 
 def _first_neck(model: dict) -> tuple[str, dict]:
     """Return the key and the config of the neck, or of the first in a list."""
-    neck = model.get('neck')
+    neck, name = model.get('neck'), 'neck'
     if isinstance(neck, (list, tuple)) and neck:
-        return 'neck.0', neck[0]
-    return 'neck', neck if isinstance(neck, dict) else {}
+        neck, name = neck[0], 'neck.0'
+    return name, neck if isinstance(neck, dict) else {}
 
 
 def _as_option(values: Any) -> str:
