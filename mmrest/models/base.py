@@ -172,11 +172,10 @@ class BaseResT(BaseModule):
         for module in self._modules_to_draw():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.trunc_normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
             norms = (nn.LayerNorm, nn.GroupNorm, _BatchNorm)
             if isinstance(module, norms) and module.weight is not None:
                 nn.init.ones_(module.weight)
+            if isinstance(module, (nn.Linear, *norms)) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
     def _modules_to_draw(self) -> list[nn.Module]:

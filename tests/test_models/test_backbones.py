@@ -1,6 +1,7 @@
 """What both generations promise: sizes, names, freezing, checkpointing, errors."""
 
 import copy
+import inspect
 import math
 
 import pytest
@@ -257,6 +258,16 @@ def test_drawn_weights(kind):
             assert (module.weight == 1).all() and not module.bias.any()
             if isinstance(module, nn.LayerNorm):
                 assert module.eps == (1e-5 if kind is ResT else 1e-6)
+
+
+@BOTH
+@pytest.mark.parametrize('option', ['affine', 'bias'])
+def test_norms_without_parameters_are_drawn(kind, option):
+    if option not in inspect.signature(nn.BatchNorm2d).parameters:
+        pytest.skip(f'BatchNorm2d of torch {torch.__version__} has no {option}')
+    model = tiny(kind, norm_cfg={'type': 'BN', option: False})
+    model.init_weights()
+    assert all(out.isfinite().all() for out in model(image((2, 3, 40, 56))))
 
 
 @BOTH
