@@ -318,8 +318,9 @@ class ResT(BaseResT):
         out_norm (str): ``'chain'``, as in the published detectors: the next stage
             receives the normalised map of a requested stage. ``'branch'``: it
             receives the map before the norm. Default: ``'chain'``.
-        attn_impl (str): ``'auto'``, ``'tiled'``, ``'triton'`` or ``'dense'``, see
-            :func:`mmrest.ops.head_interaction_attention`. Default: ``'auto'``.
+        attn_impl (str): ``'auto'``, ``'tiled'``, ``'triton'``, ``'amx'`` or
+            ``'dense'``, see :func:`mmrest.ops.head_interaction_attention`.
+            Default: ``'auto'``.
         stem_cfg (str | dict): ``'rest'``, ``'resnet'`` or ``'patch'``, or a dict with
             one of these as ``type`` and with options, see
             :mod:`mmrest.models.rest_ablations`. Default: ``'rest'``.

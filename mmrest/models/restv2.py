@@ -232,9 +232,9 @@ class ResTV2(BaseResT):
             ``norm_4``, and the next stage receives the map before the norm.
             ``'final'``, for classification: stage 4 has the classifier's ``norm``
             instead. Default: ``'branch'``.
-        attn_impl (str): ``'auto'``, ``'tiled'`` or ``'triton'``: PyTorch's fused
-            attention, which stores no attention maps. ``'dense'`` stores all maps, as
-            the published code does. Default: ``'auto'``.
+        attn_impl (str): ``'dense'`` stores all attention maps, as the published code
+            does. The other values of :class:`mmrest.models.rest.ResT` all mean
+            PyTorch's fused attention, which stores none. Default: ``'auto'``.
         pretrained (str, optional): A checkpoint. Deprecated, use ``init_cfg``.
         init_cfg (dict | list[dict], optional): As in :class:`mmrest.models.rest.ResT`.
             Default: None.

@@ -7,6 +7,8 @@
                         :mod:`mmrest.ops.tiled`
 ``triton``              tiles with fused kernels for CUDA, see
                         :mod:`mmrest.ops.triton_head_interaction`
+``amx``                 blocks of rows in C++, in bfloat16 for CPUs with AMX, see
+                        :mod:`mmrest.ops.amx_head_interaction`
 ======================  ============================================================
 """
 
@@ -17,11 +19,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import amx_head_interaction, triton_head_interaction
+from .amx_head_interaction import amx_head_interaction_attention
 from .fast_path import is_exporting, is_transformed
 from .tiled import tiled_head_interaction_attention, to_parts
-from .triton_head_interaction import triton_head_interaction_attention, why_not
+from .triton_head_interaction import triton_head_interaction_attention
 
-ATTN_IMPLS = ('auto', 'tiled', 'triton', 'dense')
+ATTN_IMPLS = ('auto', 'tiled', 'triton', 'amx', 'dense')
+
+# What asks whether an implementation applies, and the implementation
+KERNELS = {
+    'triton': (triton_head_interaction.why_not, triton_head_interaction_attention),
+    'amx': (amx_head_interaction.why_not, amx_head_interaction_attention),
+}
 
 # Smaller parts cost more than another thread saves.
 MIN_PART_ROWS = 256
@@ -59,10 +69,11 @@ def head_interaction_attention(
         attn_impl (str): ``'dense'`` is the definition and stores all maps.
             ``'tiled'`` gives the same in memory that grows with N instead of N x M. It
             has first-order gradients only, and does not support ``torch.func.grad``.
-            ``'triton'`` is ``'tiled'`` with fused kernels for CUDA; where they do not
-            apply, it warns and falls back to ``'tiled'``. ``'auto'`` is ``'tiled'``,
-            or ``'dense'`` during export to TorchScript or ONNX and under the
-            transforms of ``torch.func``. Default: ``'auto'``.
+            ``'triton'`` is ``'tiled'`` with fused kernels for CUDA, and ``'amx'`` with
+            an operator in bfloat16 for CPUs with AMX, which is compiled on first use.
+            Where they do not apply, they warn and fall back to ``'tiled'``. ``'auto'``
+            is ``'tiled'``, or ``'dense'`` during export to TorchScript or ONNX and
+            under the transforms of ``torch.func``. Default: ``'auto'``.
         tile_rows (int, optional): Query rows of a tile. Default: chosen from the
             sizes and from ``MMREST_TILE_BYTES``, see
             :func:`mmrest.ops.tiled.choose_tile`.
@@ -72,14 +83,14 @@ def head_interaction_attention(
 
     Raises:
         ValueError: If a shape, type or option does not fit.
-        RuntimeError: If ``attn_impl`` is ``'tiled'`` or ``'triton'`` during export to
-            TorchScript or ONNX.
+        RuntimeError: If ``attn_impl`` is ``'tiled'``, ``'triton'`` or ``'amx'`` during
+            export to TorchScript or ONNX.
     """
     check_attn_impl(attn_impl)
     _check_inputs(q, k, v, weight, bias)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     heads = q.shape[1]
-    if attn_impl in ('tiled', 'triton') and is_exporting():
+    if attn_impl in ('tiled', 'triton', 'amx') and is_exporting():
         raise RuntimeError(
             f'attn_impl={attn_impl!r} is an operator of mmrest, which TorchScript and '
             "ONNX do not know. Build the model with attn_impl='auto' or 'dense' to "
@@ -93,21 +104,20 @@ def head_interaction_attention(
             q, k, v, lambda maps: F.conv2d(maps, kernel, bias), scale, eps, dropout_p
         )
     matrix = weight.reshape(heads, heads)
-    if attn_impl == 'triton':
+    if attn_impl in KERNELS:
+        why_not, compute = KERNELS[attn_impl]
         reason = why_not(q, k, v, dropout_p)
         if reason is None:
-            return triton_head_interaction_attention(
-                q, k, v, matrix, scale, eps, bias, tile_rows
-            )
-        _warn_of_tiled(reason)
+            return compute(q, k, v, matrix, scale, eps, bias, tile_rows)
+        _warn_of_tiled(attn_impl, reason)
     return tiled_head_interaction_attention(
         q, k, v, matrix, bias, scale, eps, dropout_p, tile_rows
     )
 
 
-def _warn_of_tiled(reason: str) -> None:
+def _warn_of_tiled(attn_impl: str, reason: str) -> None:
     warnings.warn(
-        f"attn_impl='triton' cannot be used here: {reason}. 'tiled' is used.",
+        f"attn_impl={attn_impl!r} cannot be used here: {reason}. 'tiled' is used.",
         UserWarning,
         stacklevel=3,
     )

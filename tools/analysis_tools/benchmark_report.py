@@ -111,7 +111,8 @@ def _comparable(subject: Subject, other: Subject) -> bool:
         return subject.name == other.name and other.dtype == 'float32'
     if other.peer:
         return not (subject.with_cp or subject.compile)
-    slower = {'triton': ('dense', 'tiled')}.get(subject.attn_impl, ('dense',))
+    faster = {'triton': ('dense', 'tiled'), 'amx': ('dense', 'auto')}
+    slower = faster.get(subject.attn_impl, ('dense',))
     return subject.arch == other.arch and other.attn_impl in slower
 
 

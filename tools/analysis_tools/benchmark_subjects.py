@@ -138,14 +138,17 @@ def _of_one_dtype(
     matmul: int,
     device: str,
 ) -> Iterator[Subject]:
-    from mmrest.ops.triton_head_interaction import is_available
+    from mmrest.ops import amx_head_interaction, triton_head_interaction
 
     for arch in archs:
         name = f'ResT{arch}' if arch.startswith('v2') else f'ResT-{arch}'
         impls = ['dense', 'auto']
         # the second generation mixes no heads
-        if device.startswith('cuda') and name.startswith('ResT-') and is_available():
-            impls[1:] = ['tiled', 'triton']
+        if name.startswith('ResT-'):
+            if device.startswith('cuda') and triton_head_interaction.is_available():
+                impls[1:] = ['tiled', 'triton']
+            if (device, dtype) == ('cpu', 'bfloat16'):
+                impls += ['amx'] * amx_head_interaction.is_available()
         for impl in impls:
             yield Subject(f'{name} {impl}', dtype, arch, attn_impl=impl)
         if with_cp:

@@ -1,0 +1,203 @@
+"""ResT's head-interaction attention in bfloat16, for CPUs with AMX.
+
+``amx_head_interaction.cpp`` has the formulas of :mod:`mmrest.ops.tiled` for blocks of
+rows that stay in a core's cache, between products by PyTorch's interface to AMX. It is
+compiled on the machine when it is first asked for, about 20 seconds, and kept in
+PyTorch's folder for extensions (``TORCH_EXTENSIONS_DIR``). Nothing asks for it unless
+``attn_impl='amx'`` is given.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from .tiled import choose_tile
+
+SOURCE = Path(__file__).with_suffix('.cpp')
+HEADS = (2, 4, 8)
+# What AMX's processors have. Without traps and errno, loops become vectors.
+FLAGS = (
+    '-O3 -fopenmp -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma '
+    '-mprefer-vector-width=512 -fno-math-errno -fno-trapping-math -fno-signed-zeros'
+)
+# The backward pass stores two maps of 2 bytes for a tile; 'tiled' has four of 4 bytes.
+TILE_FACTOR = 4
+
+
+def why_not(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Optional[str]:
+    """Why this operator cannot compute the attention; None if it can.
+
+    Args:
+        q (Tensor): Queries, of shape (B, h, N, d).
+        k (Tensor): Keys, of shape (B, h, M, d).
+        v (Tensor): Values, of shape (B, h, M, d).
+        dropout_p (float): Dropout on the normalised map. Default: 0.
+    """
+    if q.device.type != 'cpu':
+        return f'it needs tensors on the CPU, found {q.device.type}'
+    if q.dtype != torch.bfloat16:
+        found = str(q.dtype).split('.')[-1]
+        return f"it supports bfloat16 (torch.autocast('cpu')), found {found}"
+    if q.shape[1] not in HEADS:
+        return f'it supports 2, 4 or 8 heads, found {q.shape[1]}'
+    if q.shape[3] == 0 or q.shape[3] % 2:
+        return f'it needs an even number of channels per head, found {q.shape[3]}'
+    if k.shape[2] == 0:
+        return 'it needs at least one key'
+    if dropout_p > 0.0:
+        return f'it has no dropout, found dropout_p={dropout_p}'
+    return _machine_problem()
+
+
+def is_available() -> bool:
+    """Whether the operator can run on this machine; it is compiled for that."""
+    return _machine_problem() is None
+
+
+def _machine_problem() -> Optional[str]:
+    """Why the operator cannot run on this machine; None if it can."""
+    return _find_machine_problem()
+
+
+@functools.cache
+def _find_machine_problem() -> Optional[str]:
+    has_amx = getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)
+    if not has_amx():
+        return 'the processor has no AMX, or this version of PyTorch does not use it'
+    if torch.backends.cpu.get_cpu_capability() != 'AVX512':
+        return 'it needs AVX-512, which ATEN_CPU_CAPABILITY leaves out'
+    # it changes the environment of the process, so it is imported for a build only
+    from torch.utils import cpp_extension
+
+    try:
+        cpp_extension.load(
+            'mmrest_amx',
+            [str(SOURCE)],
+            extra_cflags=FLAGS.split(),
+            is_python_module=False,
+        )
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), '')
+        return f'it cannot be compiled here ({type(error).__name__}: {reason})'
+    return None
+
+
+# A constant to compilers, see triton_head_interaction.py
+_machine_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def amx_head_interaction_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    scale: float,
+    eps: float,
+    bias: Optional[Tensor] = None,
+    tile_rows: Optional[int] = None,
+) -> Tensor:
+    """``InstanceNorm(softmax(Conv1x1(scale * q k^T))) v``, in bfloat16 with AMX.
+
+    The caller asks :func:`why_not` first. There are no second-order gradients.
+
+    Args:
+        q (Tensor): Queries, of shape (B, h, N, d).
+        k (Tensor): Keys, of shape (B, h, M, d).
+        v (Tensor): Values, of shape (B, h, M, d).
+        weight (Tensor): What each head takes from each score map, (h, h).
+        scale (float): Factor on the scores.
+        eps (float): Added to the variance of a map.
+        bias (Tensor, optional): Bias of the convolution. It cancels in the softmax,
+            and its gradient is 0.
+        tile_rows (int, optional): Query rows whose maps the backward pass stores.
+            Default: 4 times those that :func:`mmrest.ops.tiled.choose_tile` gives.
+
+    Returns:
+        Tensor: Of shape (B, h, N, d), in the memory order (B, N, h, d).
+    """
+    return _attention_op(q, k, v, weight, bias, scale, eps, tile_rows)[0]
+
+
+# ---------------------------------------------------------------- the operator
+
+
+@torch.library.custom_op('mmrest::amx_head_interaction_attention', mutates_args=())
+def _attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    scale: float,
+    eps: float,
+    tile_rows: Optional[int],
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast('cpu', enabled=False):
+        return torch.ops.mmrest_amx.forward(q, k, v, weight, scale, eps)
+
+
+@torch.library.custom_op(
+    'mmrest::amx_head_interaction_attention_backward', mutates_args=()
+)
+def _backward_op(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    rstd: Tensor,
+    scale: float,
+    tile_rows: Optional[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if tile_rows is None:
+        tile_rows = TILE_FACTOR * choose_tile(q, k.shape[2]).rows
+    with torch.autocast('cpu', enabled=False):
+        return torch.ops.mmrest_amx.backward(
+            grad, q, k, v, weight, out, rstd, scale, tile_rows
+        )
+
+
+@_attention_op.register_fake
+def _(q, k, v, weight, bias, scale, eps, tile_rows):  # noqa: ANN001
+    batch, heads, num_queries, dim = q.shape
+    out = q.new_empty(batch, num_queries, heads, dim).transpose(1, 2)
+    return out, q.new_empty(batch, heads, 1, 1, dtype=torch.float32)
+
+
+@_backward_op.register_fake
+def _(grad, q, k, v, weight, out, rstd, scale, tile_rows):  # noqa: ANN001
+    batch, heads, num_queries, dim = q.shape
+    grad_q = q.new_empty(batch, num_queries, heads, dim).transpose(1, 2)
+    return grad_q, *(t.new_empty(t.shape) for t in (k, v, weight))
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, weight, bias, scale, _, tile_rows = inputs
+    out, rstd = output
+    ctx.save_for_backward(q, k, v, weight, bias, out, rstd)
+    ctx.scale, ctx.tile_rows = scale, tile_rows
+    ctx.mark_non_differentiable(rstd)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Optional[Tensor], ...]:
+    q, k, v, weight, bias, out, rstd = ctx.saved_tensors
+    grads = _backward_op(grad, q, k, v, weight, out, rstd, ctx.scale, ctx.tile_rows)
+    # exactly 0, and not None: the parameter takes part in the computation, so
+    # DistributedDataParallel must not find it unused
+    grad_bias = None if bias is None else torch.zeros_like(bias)
+    return (*grads, grad_bias, None, None, None)
+
+
+def _refuse_second_order(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        "attn_impl='amx' has no second-order gradients; build the model with "
+        "attn_impl='dense' to differentiate twice"
+    )
+
+
+_attention_op.register_autograd(_backward, setup_context=_setup_context)
+_backward_op.register_autograd(_refuse_second_order)
