@@ -33,24 +33,32 @@ Tensor pad_keys(const Tensor& x) {
   return at::constant_pad_nd(x, {0, 0, 0, pad(x.size(2)) - x.size(2)});
 }
 
+// (B, N, h, d), contiguous, with zeros up to whole blocks of rows
+Tensor pad_rows(const Tensor& x) {
+  int64_t missing = (x.size(1) + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS - x.size(1);
+  return at::constant_pad_nd(x, {0, 0, 0, 0, 0, missing}).contiguous();
+}
+
 // (B, h, K, N) -> (B, h, K / 2, N, 2): AMX takes right factors with pairs of rows.
 Tensor right_factor(const Tensor& x) {
   return x.unflatten(2, {-1, 2}).transpose(-1, -2).contiguous();
 }
 
-// out = left right; `step` and `out_step` are the numbers between rows of left and out.
-void multiply(int64_t rows, int64_t n, int64_t k, const BFloat16* left, int64_t step,
+// out = left right for a block of rows; `step` and `out_step` are the numbers between
+// rows of left and out. A kernel for each size is kept, so a block is never shorter.
+void multiply(int64_t n, int64_t k, const BFloat16* left, int64_t step,
               const BFloat16* right, float* out, int64_t out_step) {
-  at::native::cpublas::brgemm(rows, n, k, step, n, out_step, false, left, right, out);
+  at::native::cpublas::brgemm(BLOCK_ROWS, n, k, step, n, out_step, false, left, right,
+                              out);
 }
 
 // ---------------------------------------------------------------- rows
 
-// exp(x) for x <= 0; 0 below -87, where the result would not be a normal number.
+// exp(x) for x <= 0; 0 below -87, just before results cease to be normal numbers.
 inline float exp_of(float x) {
   constexpr float ROUND = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
   float n = (x * 1.44269504f + ROUND) - ROUND;
-  // ln(2) in two parts, so that r is exact; |r| <= ln(2) / 2
+  // ln(2) in two parts, of which the first times n is exact; |r| <= ln(2) / 2
   float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
   float p = 1.0f / 5040;
   p = p * r + 1.0f / 720;
@@ -59,10 +67,10 @@ inline float exp_of(float x) {
   p = p * r + 1.0f / 6;
   p = p * r + 0.5f;
   p = p * r * r + r + 1.0f;
+  // For NaN and -inf, n is no integer: p is NaN, or the result is not used.
   float power = std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
   return x < -87.0f ? 0.0f : p * power;
 }
-
 
 void softmax(float* row, int64_t size) {
   float largest = -std::numeric_limits<float>::infinity();
@@ -117,11 +125,14 @@ void softmax_backward(const float* __restrict attn, float through_variance,
 // ---------------------------------------------------------------- blocks of rows
 
 struct Sizes {
-  int64_t batch, heads, rows, keys, dim, width; // width: padded keys
+  int64_t batch, heads, rows, keys, dim;
+  int64_t blocks; // of rows, of an image
+  int64_t width; // padded keys
 
   Sizes(const Tensor& q, const Tensor& k)
       : batch(q.size(0)), heads(q.size(1)), rows(q.size(2)), keys(k.size(2)),
-        dim(q.size(3)), width(pad(keys)) {}
+        dim(q.size(3)), blocks((rows + BLOCK_ROWS - 1) / BLOCK_ROWS),
+        width(pad(keys)) {}
 
   int64_t block_size() const { return heads * BLOCK_ROWS * width; }
   // where row r of head h begins in a block
@@ -129,10 +140,10 @@ struct Sizes {
 };
 
 // block[h] = tokens[h] right[h] for rows of tokens (N, h, d)
-void multiply_heads(const Sizes& s, int64_t rows, const BFloat16* tokens,
+void multiply_heads(const Sizes& s, const BFloat16* tokens,
                     const BFloat16* right, float* block) {
   for (int64_t h = 0; h < s.heads; ++h)
-    multiply(rows, s.width, s.dim, tokens + h * s.dim, s.heads * s.dim,
+    multiply(s.width, s.dim, tokens + h * s.dim, s.heads * s.dim,
              right + h * s.dim * s.width, block + s.at(h, 0), s.width);
 }
 
@@ -203,12 +214,11 @@ std::tuple<Tensor, Tensor> forward_of(const Tensor& q, const Tensor& k,
                                       double scale, double eps) {
   Sizes s(q, k);
   Tensor mix = weight.to(at::kFloat).mul(scale).contiguous();
-  Tensor tokens = q.transpose(1, 2).contiguous();
+  Tensor tokens = pad_rows(q.transpose(1, 2));
   Tensor k_right = right_factor(pad_keys(k).transpose(2, 3));
   Tensor v_right = right_factor(pad_keys(v));
-  int64_t blocks = (s.rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
   Tensor out = at::empty(tokens.sizes(), tokens.options().dtype(at::kFloat));
-  Tensor squares = at::empty({s.batch, blocks, s.heads}, out.options());
+  Tensor squares = at::empty({s.batch, s.blocks, s.heads}, out.options());
 
   auto* w = mix.const_data_ptr<float>();
   auto* q_data = tokens.const_data_ptr<BFloat16>();
@@ -218,15 +228,15 @@ std::tuple<Tensor, Tensor> forward_of(const Tensor& q, const Tensor& k,
   auto* squares_data = squares.mutable_data_ptr<float>();
   float mean = 1.0f / s.keys;
 
-  at::parallel_for(0, s.batch * blocks, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, s.batch * s.blocks, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> attn(s.block_size());
     std::vector<BFloat16> centred(BLOCK_ROWS * s.width);
     for (int64_t i = begin; i < end; ++i) {
-      int64_t image = i / blocks, first = i % blocks * BLOCK_ROWS;
+      int64_t image = i / s.blocks, first = i % s.blocks * BLOCK_ROWS;
       int64_t rows = std::min(BLOCK_ROWS, s.rows - first);
-      int64_t token = (image * s.rows + first) * s.heads * s.dim;
+      int64_t token = i * BLOCK_ROWS * s.heads * s.dim;
       int64_t right = image * s.heads * s.dim * s.width;
-      multiply_heads(s, rows, q_data + token, k_data + right, attn.data());
+      multiply_heads(s, q_data + token, k_data + right, attn.data());
       probabilities<H>(s, rows, w, attn.data(), attn.data());
       for (int64_t h = 0; h < s.heads; ++h) {
         float square = 0;
@@ -236,17 +246,20 @@ std::tuple<Tensor, Tensor> forward_of(const Tensor& q, const Tensor& k,
           centre(row, mean, s.keys, centred.data() + r * s.width);
         }
         squares_data[i * s.heads + h] = square;
-        multiply(rows, s.dim, s.width, centred.data(), s.width,
+        multiply(s.dim, s.width, centred.data(), s.width,
                  v_data + right + h * s.dim * s.width, out_data + token + h * s.dim,
                  s.heads * s.dim);
       }
     }
-    at::native::cpublas::brgemm_release();
+    at::native::cpublas::brgemm_release(); // leaves AMX to others
   });
 
+  out = out.narrow(1, 0, s.rows).transpose(1, 2);
   Tensor variance = squares.sum(1) / (static_cast<double>(s.rows) * s.keys);
   Tensor rstd = variance.add(eps).rsqrt().view({s.batch, s.heads, 1, 1});
-  return {out.transpose(1, 2).mul_(rstd).to(at::kBFloat16), rstd};
+  Tensor result = at::empty({s.batch, s.rows, s.heads, s.dim}, q.options());
+  result = result.transpose(1, 2).copy_(out.mul_(rstd));
+  return {result, rstd};
 }
 
 // Gradients of q, k, v and weight, from maps that are computed again, `tile_rows` rows
@@ -256,22 +269,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_of(
     const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& weight, const Tensor& out, const Tensor& rstd, double scale,
     int64_t tile_rows) {
+  TORCH_CHECK(tile_rows > 0, "tile_rows must be at least 1, found ", tile_rows);
   Sizes s(q, k);
   Tensor mix = weight.to(at::kFloat).mul(scale).contiguous();
   Tensor wide_grad = grad.to(at::kFloat);
   Tensor through_variance = (wide_grad * out).sum({2, 3}, true).mul_(rstd.square());
   through_variance.div_(-static_cast<double>(s.rows) * s.keys);
-  Tensor q_tokens = q.transpose(1, 2).contiguous();
+  Tensor q_tokens = pad_rows(q.transpose(1, 2));
   // r meets G, which saves it two passes over the maps
-  Tensor g_tokens = (wide_grad * rstd).to(at::kBFloat16).transpose(1, 2).contiguous();
+  Tensor g_tokens = pad_rows((wide_grad * rstd).to(at::kBFloat16).transpose(1, 2));
   Tensor k_right = right_factor(pad_keys(k).transpose(2, 3));
   Tensor v_right = right_factor(pad_keys(v).transpose(2, 3));
   Tensor k_rows = right_factor(pad_keys(k));
-  Tensor grad_q = at::empty_like(q_tokens);
+  Tensor grad_q = at::empty({s.batch, s.rows, s.heads, s.dim}, q.options());
   Tensor k_sum = at::zeros({s.batch, s.heads, s.width, s.dim}, mix.options());
   Tensor v_sum = at::zeros_like(k_sum);
   Tensor weight_sum = at::zeros({s.heads, s.heads}, mix.options());
-  tile_rows = (std::min(tile_rows, s.rows) + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS;
+  tile_rows = std::min((tile_rows + BLOCK_ROWS - 1) / BLOCK_ROWS, s.blocks) * BLOCK_ROWS;
   // head, row, padded key
   Tensor centred = at::zeros({s.heads, tile_rows, s.width}, q.options());
   Tensor grad_scores = at::zeros_like(centred);
@@ -288,6 +302,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_of(
     auto* k_data = k_right.const_data_ptr<BFloat16>() + right;
     auto* v_data = v_right.const_data_ptr<BFloat16>() + right;
     auto* k_rows_data = k_rows.const_data_ptr<BFloat16>() + right;
+    // without rows there are no blocks, and tile_rows is 0
     for (int64_t start = 0; start < s.rows; start += tile_rows) {
       int64_t count = std::min(tile_rows, s.rows - start);
       int64_t blocks = (count + BLOCK_ROWS - 1) / BLOCK_ROWS;
@@ -300,10 +315,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_of(
         for (int64_t i = begin; i < end; ++i) {
           int64_t first = i * BLOCK_ROWS;
           int64_t rows = std::min(BLOCK_ROWS, count - first);
-          int64_t token = (image * s.rows + start + first) * s.heads * s.dim;
-          multiply_heads(s, rows, q_tokens.const_data_ptr<BFloat16>() + token, k_data,
+          int64_t row_of_image = start + first;
+          int64_t token = (image * s.blocks * BLOCK_ROWS + row_of_image) * s.heads * s.dim;
+          int64_t to_q = (image * s.rows + row_of_image) * s.heads * s.dim;
+          multiply_heads(s, q_tokens.const_data_ptr<BFloat16>() + token, k_data,
                          scores.data());
-          multiply_heads(s, rows, g_tokens.const_data_ptr<BFloat16>() + token, v_data,
+          multiply_heads(s, g_tokens.const_data_ptr<BFloat16>() + token, v_data,
                          grads.data());
           probabilities<H>(s, rows, w, scores.data(), attn.data());
           for (int64_t h = 0; h < s.heads; ++h) {
@@ -322,11 +339,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_of(
             for (int64_t r = 0; r < rows; ++r)
               centre(grads.data() + s.at(h, r), 0.0f, s.keys,
                      grad_scores_data + to + r * s.width);
-            multiply(rows, s.dim, s.width, grad_scores_data + to, s.width,
+            multiply(s.dim, s.width, grad_scores_data + to, s.width,
                      k_rows_data + h * s.dim * s.width, grad_rows.data(), s.dim);
             for (int64_t r = 0; r < rows; ++r)
               for (int64_t c = 0; c < s.dim; ++c)
-                grad_q_data[token + (r * s.heads + h) * s.dim + c] =
+                grad_q_data[to_q + (r * s.heads + h) * s.dim + c] =
                     grad_rows[r * s.dim + c];
           }
         }

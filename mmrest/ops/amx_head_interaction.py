@@ -8,6 +8,9 @@ PyTorch's folder for extensions (``TORCH_EXTENSIONS_DIR``). Nothing asks for it 
 """
 
 import functools
+import hashlib
+import os
+import tempfile
 from pathlib import Path
 from typing import Any, Optional
 
@@ -18,13 +21,15 @@ from .tiled import choose_tile
 
 SOURCE = Path(__file__).with_suffix('.cpp')
 HEADS = (2, 4, 8)
-# What AMX's processors have. Without traps and errno, loops become vectors.
+# What all processors with AMX have. Without traps and errno, loops become vectors.
 FLAGS = (
-    '-O3 -fopenmp -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma '
+    '-std=c++20 -O3 -fopenmp -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma '
     '-mprefer-vector-width=512 -fno-math-errno -fno-trapping-math -fno-signed-zeros'
 )
 # The backward pass stores two maps of 2 bytes for a tile; 'tiled' has four of 4 bytes.
 TILE_FACTOR = 4
+# The share of a thread, as in the source
+BLOCK_ROWS = 32
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Optional[str]:
@@ -49,11 +54,13 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Optional
         return 'it needs at least one key'
     if dropout_p > 0.0:
         return f'it has no dropout, found dropout_p={dropout_p}'
+    if not torch.backends.mkldnn.enabled:
+        return 'torch.backends.mkldnn.enabled is False'
     return _machine_problem()
 
 
 def is_available() -> bool:
-    """Whether the operator can run on this machine; it is compiled for that."""
+    """Whether the operator can run on this machine; the first call compiles it."""
     return _machine_problem() is None
 
 
@@ -68,21 +75,44 @@ def _find_machine_problem() -> Optional[str]:
     if not has_amx():
         return 'the processor has no AMX, or this version of PyTorch does not use it'
     if torch.backends.cpu.get_cpu_capability() != 'AVX512':
-        return 'it needs AVX-512, which ATEN_CPU_CAPABILITY leaves out'
-    # it changes the environment of the process, so it is imported for a build only
-    from torch.utils import cpp_extension
-
+        return 'it needs AVX-512, which ATEN_CPU_CAPABILITY has turned off'
     try:
-        cpp_extension.load(
-            'mmrest_amx',
-            [str(SOURCE)],
-            extra_cflags=FLAGS.split(),
-            is_python_module=False,
-        )
+        _load_library()
+        # the system may refuse AMX, and ONEDNN_MAX_CPU_ISA may leave it out
+        x = torch.zeros(1, 2, 1, 2, dtype=torch.bfloat16)
+        torch.ops.mmrest_amx.forward(x, x, x, torch.eye(2), 1.0, 1e-5)
     except Exception as error:
         reason = next(iter(str(error).splitlines()), '')
-        return f'it cannot be compiled here ({type(error).__name__}: {reason})'
+        return f'it cannot be built here ({type(error).__name__}: {reason})'
     return None
+
+
+def _load_library() -> None:
+    """Load the library, and build it where this version of PyTorch has none yet."""
+    # the import changes the environment of the process
+    from torch.utils import cpp_extension
+
+    root = os.environ.get('TORCH_EXTENSIONS_DIR') or (
+        cpp_extension.get_default_build_root()
+    )
+    content = SOURCE.read_text() + FLAGS + torch.__version__
+    name = f'mmrest_amx_{hashlib.sha256(content.encode()).hexdigest()[:12]}'
+    library = Path(root, f'{name}.so')
+    if library.exists():
+        torch.ops.load_library(library)
+        return
+    os.makedirs(root, exist_ok=True)
+    # A folder of its own: a build that was killed leaves a lock behind, on which the
+    # next one would wait forever.
+    with tempfile.TemporaryDirectory(prefix=name, dir=root) as folder:
+        cpp_extension.load(
+            name,
+            [str(SOURCE)],
+            extra_cflags=FLAGS.split(),
+            build_directory=folder,
+            is_python_module=False,
+        )
+        os.replace(Path(folder, f'{name}.so'), library)
 
 
 # A constant to compilers, see triton_head_interaction.py
@@ -112,8 +142,9 @@ def amx_head_interaction_attention(
         eps (float): Added to the variance of a map.
         bias (Tensor, optional): Bias of the convolution. It cancels in the softmax,
             and its gradient is 0.
-        tile_rows (int, optional): Query rows whose maps the backward pass stores.
-            Default: 4 times those that :func:`mmrest.ops.tiled.choose_tile` gives.
+        tile_rows (int, optional): Query rows whose maps the backward pass stores,
+            rounded up to a multiple of 32. Default: 4 times those that
+            :func:`mmrest.ops.tiled.choose_tile` gives, and 32 for each thread at least.
 
     Returns:
         Tensor: Of shape (B, h, N, d), in the memory order (B, N, h, d).
@@ -135,6 +166,8 @@ def _attention_op(
     eps: float,
     tile_rows: Optional[int],
 ) -> tuple[Tensor, Tensor]:
+    choose_tile(q, k.shape[2], tile_rows)  # raises what the backward pass would
+    _require_library()
     with torch.autocast('cpu', enabled=False):
         return torch.ops.mmrest_amx.forward(q, k, v, weight, scale, eps)
 
@@ -154,11 +187,19 @@ def _backward_op(
     tile_rows: Optional[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if tile_rows is None:
-        tile_rows = TILE_FACTOR * choose_tile(q, k.shape[2]).rows
+        fitting = TILE_FACTOR * choose_tile(q, k.shape[2]).rows
+        tile_rows = max(fitting, BLOCK_ROWS * torch.get_num_threads())
+    _require_library()
     with torch.autocast('cpu', enabled=False):
         return torch.ops.mmrest_amx.backward(
             grad, q, k, v, weight, out, rstd, scale, tile_rows
         )
+
+
+def _require_library() -> None:
+    """Load the library for an exported program, which has not asked for it."""
+    if problem := _machine_problem():
+        raise RuntimeError(f"attn_impl='amx' cannot be used here: {problem}.")
 
 
 @_attention_op.register_fake

@@ -27,7 +27,7 @@ from .triton_head_interaction import triton_head_interaction_attention
 
 ATTN_IMPLS = ('auto', 'tiled', 'triton', 'amx', 'dense')
 
-# What asks whether an implementation applies, and the implementation
+# For each: what says why it does not apply, and the implementation
 KERNELS = {
     'triton': (triton_head_interaction.why_not, triton_head_interaction_attention),
     'amx': (amx_head_interaction.why_not, amx_head_interaction_attention),
@@ -69,9 +69,10 @@ def head_interaction_attention(
         attn_impl (str): ``'dense'`` is the definition and stores all maps.
             ``'tiled'`` gives the same in memory that grows with N instead of N x M. It
             has first-order gradients only, and does not support ``torch.func.grad``.
-            ``'triton'`` is ``'tiled'`` with fused kernels for CUDA, and ``'amx'`` with
-            an operator in bfloat16 for CPUs with AMX, which is compiled on first use.
-            Where they do not apply, they warn and fall back to ``'tiled'``. ``'auto'``
+            ``'triton'`` is ``'tiled'`` with fused kernels for CUDA, and ``'amx'`` is
+            ``'tiled'`` as a C++ operator in bfloat16 for CPUs with AMX, which is
+            compiled on first use. Where they do not apply, they warn and fall back to
+            ``'tiled'``. ``'auto'``
             is ``'tiled'``, or ``'dense'`` during export to TorchScript or ONNX and
             under the transforms of ``torch.func``. Default: ``'auto'``.
         tile_rows (int, optional): Query rows of a tile. Default: chosen from the
@@ -90,7 +91,7 @@ def head_interaction_attention(
     _check_inputs(q, k, v, weight, bias)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     heads = q.shape[1]
-    if attn_impl in ('tiled', 'triton', 'amx') and is_exporting():
+    if attn_impl in ('tiled', *KERNELS) and is_exporting():
         raise RuntimeError(
             f'attn_impl={attn_impl!r} is an operator of mmrest, which TorchScript and '
             "ONNX do not know. Build the model with attn_impl='auto' or 'dense' to "

@@ -1,5 +1,6 @@
 """``attn_impl='amx'``: exact where it applies, and 'tiled' with a reason elsewhere."""
 
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -205,19 +206,61 @@ def test_falls_back_to_tiled_without_the_instructions(monkeypatch):
         amx._find_machine_problem.cache_clear()
 
 
-def test_falls_back_to_tiled_without_a_compiler(operator, tmp_path):
-    """A process of its own, since the library is in this one."""
+def attend_in_a_process(code='', **env):
+    """Run the attention in a process of its own, since the library is in this one."""
     code = (
         'import torch; from mmrest.ops import head_interaction_attention as attend\n'
-        'x = torch.randn(1, 2, 8, 4, dtype=torch.bfloat16)\n'
+        f'x = torch.randn(1, 2, 8, 4, dtype=torch.bfloat16)\n{code}\n'
         "attend(x, x, x, torch.eye(2), attn_impl='amx')\n"
     )
-    env = {'CXX': 'no-such-compiler', 'TORCH_EXTENSIONS_DIR': str(tmp_path)}
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, '-c', code],
-        env={**import_module('os').environ, **env},
+        env={**os.environ, **env},
         capture_output=True,
         text=True,
     )
+
+
+@pytest.mark.parametrize(
+    'env, code',
+    [
+        (dict(CXX='no-such-compiler'), ''),
+        ({}, "import sys; sys.modules['setuptools'] = None"),
+        ({}, 'torch.ops.load_library = torch.utils.cpp_extension = None'),
+    ],
+    ids=['compiler', 'setuptools', 'cpp_extension'],
+)
+def test_falls_back_to_tiled_where_it_cannot_be_built(operator, tmp_path, env, code):
+    done = attend_in_a_process(code, TORCH_EXTENSIONS_DIR=str(tmp_path), **env)
     assert done.returncode == 0, done.stderr
-    assert 'it cannot be compiled here' in done.stderr
+    assert 'it cannot be built here' in done.stderr
+    assert not list(tmp_path.glob('*')), 'nothing half built is left'
+
+
+def test_falls_back_to_tiled_where_onednn_leaves_amx_out(operator):
+    done = attend_in_a_process(ONEDNN_MAX_CPU_ISA='AVX512_CORE')
+    assert done.returncode == 0, done.stderr
+    assert "'tiled' is used" in done.stderr
+    inputs = make_inputs(Shape(1, 2, 8, 5, 4), torch.bfloat16)
+    with torch.backends.mkldnn.flags(enabled=False):
+        with pytest.warns(UserWarning, match="mkldnn.enabled is False.*'tiled'"):
+            head_interaction_attention(**inputs, attn_impl='amx')
+
+
+def test_wrong_tiles_are_named_in_the_forward_pass(operator):
+    inputs = make_inputs(Shape(1, 2, 8, 5, 4), torch.bfloat16)
+    with pytest.raises(ValueError, match='tile_rows must be at least 1, found 0'):
+        head_interaction_attention(**inputs, attn_impl='amx', tile_rows=0)
+
+
+def test_an_exported_program_loads_the_library(operator, tmp_path):
+    class Attention(torch.nn.Module):
+        def forward(self, x):
+            weight = torch.eye(2)
+            return head_interaction_attention(x, x, x, weight, attn_impl='amx')
+
+    x = torch.randn(1, 2, 8, 4, dtype=torch.bfloat16)
+    file = tmp_path / 'attention.pt2'
+    torch.export.save(torch.export.export(Attention(), (x,)), file)
+    done = attend_in_a_process(f'torch.export.load({str(file)!r}).module()(x)')
+    assert done.returncode == 0, done.stderr
