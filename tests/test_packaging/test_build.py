@@ -59,7 +59,7 @@ def test_wheel_carries_the_package_and_its_configs_and_nothing_else(wheel, sourc
     # MIM finds a config by the name of its file
     configs = (source / 'configs').glob('[!_]*/*.py')
     mim |= {f'names/{path.parent.name}_{path.name}' for path in configs}
-    package = files_in(source / 'mmrest', '.py')
+    package = files_in(source / 'mmrest', '.py', '.cpp')
     package = {name for name in package if not name.startswith('mmrest/.mim/')}
     wanted = package | {'mmrest/py.typed'} | {f'mmrest/.mim/{name}' for name in mim}
     assert len(mim) > 80
