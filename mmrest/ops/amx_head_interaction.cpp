@@ -23,6 +23,10 @@ using at::Tensor;
 // At 8 heads and 1,050 keys, the scores of a block take 1 MiB.
 constexpr int64_t BLOCK_ROWS = 32;
 
+int64_t blocks_of(int64_t rows) {
+  return (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+}
+
 // Keys are padded with zeros, so that rows of scores are whole vectors.
 int64_t pad(int64_t keys) {
   return (keys + 31) / 32 * 32;
@@ -35,7 +39,7 @@ Tensor pad_keys(const Tensor& x) {
 
 // (B, N, h, d), contiguous, with zeros up to whole blocks of rows
 Tensor pad_rows(const Tensor& x) {
-  int64_t missing = (x.size(1) + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS - x.size(1);
+  int64_t missing = blocks_of(x.size(1)) * BLOCK_ROWS - x.size(1);
   return at::constant_pad_nd(x, {0, 0, 0, 0, 0, missing}).contiguous();
 }
 
@@ -131,8 +135,7 @@ struct Sizes {
 
   Sizes(const Tensor& q, const Tensor& k)
       : batch(q.size(0)), heads(q.size(1)), rows(q.size(2)), keys(k.size(2)),
-        dim(q.size(3)), blocks((rows + BLOCK_ROWS - 1) / BLOCK_ROWS),
-        width(pad(keys)) {}
+        dim(q.size(3)), blocks(blocks_of(rows)), width(pad(keys)) {}
 
   int64_t block_size() const { return heads * BLOCK_ROWS * width; }
   // where row r of head h begins in a block
@@ -176,7 +179,7 @@ void mix_heads(const Sizes& s, int64_t rows, const float* weight, bool transpose
   for (int64_t i = 0; i < H; ++i)
     for (int64_t j = 0; j < H; ++j)
       w[i][j] = transposed ? weight[j * H + i] : weight[i * H + j];
-  int64_t next = BLOCK_ROWS * s.width;
+  int64_t next = s.at(1, 0);
   for (int64_t r = 0; r < rows; ++r) {
     const float* from = block + r * s.width;
     float* to = out + r * s.width;
@@ -285,7 +288,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_of(
   Tensor k_sum = at::zeros({s.batch, s.heads, s.width, s.dim}, mix.options());
   Tensor v_sum = at::zeros_like(k_sum);
   Tensor weight_sum = at::zeros({s.heads, s.heads}, mix.options());
-  tile_rows = std::min((tile_rows + BLOCK_ROWS - 1) / BLOCK_ROWS, s.blocks) * BLOCK_ROWS;
+  tile_rows = std::min(blocks_of(tile_rows), s.blocks) * BLOCK_ROWS;
   // head, row, padded key
   Tensor centred = at::zeros({s.heads, tile_rows, s.width}, q.options());
   Tensor grad_scores = at::zeros_like(centred);
@@ -305,7 +308,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_of(
     // without rows there are no blocks, and tile_rows is 0
     for (int64_t start = 0; start < s.rows; start += tile_rows) {
       int64_t count = std::min(tile_rows, s.rows - start);
-      int64_t blocks = (count + BLOCK_ROWS - 1) / BLOCK_ROWS;
+      int64_t blocks = blocks_of(count);
       Tensor products = at::empty({blocks, s.heads, s.heads}, mix.options());
       auto* products_data = products.mutable_data_ptr<float>();
 

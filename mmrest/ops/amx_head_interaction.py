@@ -17,7 +17,13 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from .tiled import choose_tile
+from .tiled import (
+    choose_tile,
+    empty_gradients,
+    empty_output,
+    refuse_second_order,
+    zero_gradient,
+)
 
 SOURCE = Path(__file__).with_suffix('.cpp')
 HEADS = (2, 4, 8)
@@ -204,16 +210,12 @@ def _require_library() -> None:
 
 @_attention_op.register_fake
 def _(q, k, v, weight, bias, scale, eps, tile_rows):  # noqa: ANN001
-    batch, heads, num_queries, dim = q.shape
-    out = q.new_empty(batch, num_queries, heads, dim).transpose(1, 2)
-    return out, q.new_empty(batch, heads, 1, 1, dtype=torch.float32)
+    return empty_output(q), q.new_empty(*q.shape[:2], 1, 1, dtype=torch.float32)
 
 
 @_backward_op.register_fake
 def _(grad, q, k, v, weight, out, rstd, scale, tile_rows):  # noqa: ANN001
-    batch, heads, num_queries, dim = q.shape
-    grad_q = q.new_empty(batch, num_queries, heads, dim).transpose(1, 2)
-    return grad_q, *(t.new_empty(t.shape) for t in (k, v, weight))
+    return empty_gradients(q, k, v, weight)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -227,18 +229,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Optional[Tensor], ...]:
     q, k, v, weight, bias, out, rstd = ctx.saved_tensors
     grads = _backward_op(grad, q, k, v, weight, out, rstd, ctx.scale, ctx.tile_rows)
-    # exactly 0, and not None: the parameter takes part in the computation, so
-    # DistributedDataParallel must not find it unused
-    grad_bias = None if bias is None else torch.zeros_like(bias)
-    return (*grads, grad_bias, None, None, None)
-
-
-def _refuse_second_order(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(
-        "attn_impl='amx' has no second-order gradients; build the model with "
-        "attn_impl='dense' to differentiate twice"
-    )
+    return (*grads, zero_gradient(bias), None, None, None)
 
 
 _attention_op.register_autograd(_backward, setup_context=_setup_context)
-_backward_op.register_autograd(_refuse_second_order)
+_backward_op.register_autograd(refuse_second_order("attn_impl='amx'"))

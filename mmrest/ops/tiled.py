@@ -39,7 +39,7 @@ is an operator too.
 import math
 import os
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -357,7 +357,7 @@ def tiled_backward(
     is_narrow = q.dtype == torch.float16
     mix = weight.to(dtype)
     unmix = mix.t().contiguous()
-    grad_q = q.new_empty(batch, num_queries, heads, dim).transpose(1, 2)
+    grad_q = empty_output(q)
     grad_k, grad_v = (q.new_empty(batch, heads, num_keys, dim) for _ in range(2))
     grad_weight = q.new_zeros(heads, heads, dtype=dtype)
     # what flows into each entry of the centred map through the variance
@@ -413,7 +413,41 @@ def tiled_backward(
     return grad_q, grad_k, grad_v, grad_weight.to(weight.dtype)
 
 
-# ---------------------------------------------------------------- the operator
+# ---------------------------------------------------------------- operators
+#
+# What the operators of all implementations have in common, and that of this one.
+
+
+def empty_output(q: Tensor) -> Tensor:
+    """An output for queries (B, h, N, d), in the memory order (B, N, h, d)."""
+    batch, heads, num_queries, dim = q.shape
+    return q.new_empty(batch, num_queries, heads, dim).transpose(1, 2)
+
+
+def empty_gradients(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple:
+    """Gradients with the sizes and strides of those that a backward pass returns."""
+    return empty_output(q), *(t.new_empty(t.shape) for t in (k, v, weight))
+
+
+def zero_gradient(bias: Optional[Tensor]) -> Optional[Tensor]:
+    """The gradient of the bias, which cancels in the softmax.
+
+    It is 0, and not None: the parameter takes part in the computation, so
+    DistributedDataParallel must not find it unused.
+    """
+    return None if bias is None else torch.zeros_like(bias)
+
+
+def refuse_second_order(attention: str) -> Callable[..., None]:
+    """Return the derivative of a backward pass: an error."""
+
+    def refuse(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError(
+            f'{attention} has no second-order gradients; build the model with '
+            "attn_impl='dense' to differentiate twice"
+        )
+
+    return refuse
 
 
 def tiled_head_interaction_attention(
@@ -484,17 +518,13 @@ def _value(seed: Optional[Tensor]) -> int:
 
 @_forward_op.register_fake
 def _(q, k, v, weight, bias, scale, eps, dropout_p, seed, tile_rows):  # noqa: ANN001
-    batch, heads, num_queries, dim = q.shape
     dtype = _accumulation_dtype(q.dtype)
-    out = q.new_empty(batch, num_queries, heads, dim).transpose(1, 2)
-    return out, q.new_empty(batch, heads, 1, 1, dtype=dtype)
+    return empty_output(q), q.new_empty(*q.shape[:2], 1, 1, dtype=dtype)
 
 
 @_backward_op.register_fake
 def _(grad, q, k, v, weight, out, rstd, scale, dropout_p, seed, tile_rows):  # noqa: ANN001
-    batch, heads, num_queries, dim = q.shape
-    grad_q = q.new_empty(batch, num_queries, heads, dim).transpose(1, 2)
-    return grad_q, *(t.new_empty(t.shape) for t in (k, v, weight))
+    return empty_gradients(q, k, v, weight)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -511,18 +541,8 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Optional[Tensor], ...]
         grad, q, k, v, weight, out, rstd,
         ctx.scale, ctx.dropout_p, seed, ctx.tile_rows,
     )  # fmt: skip
-    # exactly 0, and not None: the parameter takes part in the computation, so
-    # DistributedDataParallel must not find it unused
-    grad_bias = None if bias is None else torch.zeros_like(bias)
-    return (*grads, grad_bias, None, None, None, None, None)
-
-
-def _refuse_second_order(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(
-        'the tiled attention has no second-order gradients; build the model with '
-        "attn_impl='dense' to differentiate twice"
-    )
+    return (*grads, zero_gradient(bias), None, None, None, None, None)
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
-_backward_op.register_autograd(_refuse_second_order)
+_backward_op.register_autograd(refuse_second_order('the tiled attention'))

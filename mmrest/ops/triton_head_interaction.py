@@ -57,7 +57,16 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from .tiled import Tile, choose_tile, image_slices, row_slices
+from .tiled import (
+    Tile,
+    choose_tile,
+    empty_gradients,
+    empty_output,
+    image_slices,
+    refuse_second_order,
+    row_slices,
+    zero_gradient,
+)
 from .triton_kernels import (
     HAS_TRITON,
     PTX_OPTIONS,
@@ -608,22 +617,15 @@ def _backward_op(
 
 @_attention_op.register_fake
 def _(q, k, v, weight, bias, scale, eps, tile_rows):
-    batch, heads, num_queries, dim = q.shape
-    out = q.new_empty(batch, num_queries, heads, dim).transpose(1, 2)
+    batch, heads, num_queries, _ = q.shape
     statistics = q.new_empty(batch, num_queries, 3, heads, dtype=torch.float32)
-    return out, statistics, q.new_empty(batch, heads, 1, 1, dtype=torch.float32)
+    gain = q.new_empty(batch, heads, 1, 1, dtype=torch.float32)
+    return empty_output(q), statistics, gain
 
 
 @_backward_op.register_fake
 def _(grad, q, k, v, weight, out, statistics, gain, scale, tile_rows):
-    batch, heads, num_queries, dim = q.shape
-    grad_q = q.new_empty(batch, num_queries, heads, dim).transpose(1, 2)
-    return (
-        grad_q,
-        k.new_empty(k.shape),
-        v.new_empty(v.shape),
-        weight.new_empty(weight.shape),
-    )
+    return empty_gradients(q, k, v, weight)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -641,21 +643,11 @@ def _backward(
     grads = compute(
         grad, q, k, v, weight, out, statistics, gain, ctx.scale, ctx.tile_rows
     )
-    # exactly 0, and not None: the parameter takes part in the computation, so
-    # DistributedDataParallel must not find it unused
-    grad_bias = None if bias is None else torch.zeros_like(bias)
-    return (*grads, grad_bias, None, None, None)
-
-
-def _refuse_second_order(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(
-        "attn_impl='triton' has no second-order gradients; build the model with "
-        "attn_impl='dense' to differentiate twice"
-    )
+    return (*grads, zero_gradient(bias), None, None, None)
 
 
 _attention_op.register_autograd(_backward, setup_context=_setup_context)
-_backward_op.register_autograd(_refuse_second_order)
+_backward_op.register_autograd(refuse_second_order("attn_impl='triton'"))
 
 
 class _Attention(torch.autograd.Function):
