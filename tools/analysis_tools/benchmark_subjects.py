@@ -147,8 +147,9 @@ def _of_one_dtype(
         if name.startswith('ResT-'):
             if device.startswith('cuda') and triton_head_interaction.is_available():
                 impls[1:] = ['tiled', 'triton']
-            if (device, dtype) == ('cpu', 'bfloat16'):
-                impls += ['amx'] * amx_head_interaction.is_available()
+            is_amx_type = device == 'cpu' and dtype == 'bfloat16'
+            if is_amx_type and amx_head_interaction.is_available():
+                impls.append('amx')
         for impl in impls:
             yield Subject(f'{name} {impl}', dtype, arch, attn_impl=impl)
         if with_cp:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ...checkpoint.resume import NAMES
 from ...utils.disk import explain_unwritable
 from ...utils.text import shorten
 
@@ -30,7 +31,7 @@ def note_checkpoints(cfg: Any) -> Iterator[str]:
     folder = Path(cfg.work_dir)
     if _out_dir(cfg):  # MMEngine makes a folder of the same name there
         folder = Path(_out_dir(cfg)) / osp.basename(osp.abspath(cfg.work_dir))
-    names = [p.name for unit in ('epoch', 'iter') for p in folder.glob(f'{unit}_*.pth')]
+    names = [p.name for name in NAMES for p in folder.glob(name.format('*'))]
     if names:
         yield (
             f'{folder} holds {shorten(sorted(names))} of an earlier run. This run '
